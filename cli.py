@@ -1,0 +1,61 @@
+"""Settings from the command line: a dataclass whose fields carry their help and their range."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from transformers import HfArgumentParser
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: one line, exit code 2, no traceback."""
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run `main`, turning a UserError into one line on standard error and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+class Range(str):
+    """The values a setting may have, which --help shows in place of the setting's name."""
+
+    def __new__(cls, low, high=None):
+        self = super().__new__(cls, f"{low}.." if high is None else f"{low}..{high}")
+        self.low, self.high = low, high
+        return self
+
+    def __contains__(self, value) -> bool:
+        return self.low <= value and (self.high is None or value <= self.high)  # NaN is in none
+
+
+def setting(default, text: str, low=None, high=None):
+    """A dataclass field: its default, its line in --help, and the range that it must lie in."""
+    metadata = {"help": text}
+    if low is not None:
+        metadata["metavar"] = Range(low, high)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def make_parser(config_class: type, description: str) -> HfArgumentParser:
+    """A parser of the fields of `config_class` whose complaints are UserErrors."""
+    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+
+    def complain(message: str):
+        raise UserError(f"{message} (--help lists every setting)")
+
+    parser.error = complain
+    return parser
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for the first field of a dataclass that lies outside its range."""
+    for field in dataclasses.fields(config):
+        value, allowed = getattr(config, field.name), field.metadata.get("metavar")
+        if allowed is not None and value not in allowed:
+            bounds = f"at least {allowed.low}"
+            bounds += "" if allowed.high is None else f" and at most {allowed.high}"
+            raise UserError(f"--{field.name} {value}: must be {bounds}")

@@ -1,0 +1,167 @@
+"""Draw a run, or compare several: metrics files in, two pictures out.
+
+    python plot_metrics.py                                 # redraws the pictures of the last run
+    python plot_metrics.py runs/*/grpo_metrics.json        # overlays runs, to compare them
+
+Writes grpo_training_curve.png (reward and accuracy) and grpo_kl_divergence.png beside the metrics
+file, or into --output_dir (with several files, by default the current folder).
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+from checkpoint import prepare_output_dir, read_json
+from cli import UserError, exit_code
+from rewards import describe
+
+METRICS_FILE = "grpo_metrics.json"
+PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+WINDOW = 50  # iterations in the moving average
+
+
+def read_metrics(path: Path) -> dict:
+    """Read the metrics of a run, or raise UserError that says why they are not such."""
+    metrics = read_json(path)
+    try:
+        history, evaluations = metrics["iterations"], metrics["evaluations"]
+        for name in ("reward", "accuracy", "kl", "kl_penalty"):
+            np.array([m[name] for m in history], dtype=float)
+        for e in evaluations:
+            for a in e["accuracies"].values():
+                np.array([e["iteration"], a["accuracy"], a["low"], a["high"]], dtype=float)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a metrics file of train_grpo.py") from error
+    if not history:
+        raise UserError(f"{path} holds no iteration yet; train a little longer")
+    return metrics
+
+
+def series(metrics: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (raw, smoothed) values of a metric; smoothed is the mean of the last WINDOW."""
+    raw = np.array([m[name] for m in metrics["iterations"]], dtype=float)
+    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(raw))])
+    last = np.arange(1, len(raw) + 1)
+    first = np.maximum(last - WINDOW, 0)
+    return raw, (sums[last] - sums[first]) / (last - first)
+
+
+def draw_series(axes, metrics: dict, name: str, colour: str, label: str, faint: bool) -> None:
+    """Draw one metric: raw faint (where asked for), its moving average strong."""
+    raw, smooth = series(metrics, name)
+    x = np.arange(1, len(raw) + 1)
+    if faint:
+        axes.plot(x, raw, color=colour, alpha=0.2, linewidth=0.7)
+    axes.plot(x, smooth, color=colour, linewidth=1.8, label=label)
+
+
+def draw_evaluations(axes, metrics: dict, kind: str, colour: str, marker: str, label: str) -> None:
+    """Draw validation accuracies with their 95% intervals."""
+    points = [
+        (e["iteration"], e["accuracies"][kind])
+        for e in metrics["evaluations"]
+        if e["split"] == "validation"
+    ]
+    if not points:
+        return
+    x = [iteration for iteration, _ in points]
+    y = np.array([a["accuracy"] for _, a in points])
+    below = y - [a["low"] for _, a in points]
+    above = [a["high"] for _, a in points] - y
+    style = {"fmt": marker, "color": colour, "markersize": 4.5, "capsize": 2, "linewidth": 1}
+    axes.errorbar(x, y, yerr=[below, above], label=label, **style)
+
+
+def draw_one_curve(reward, accuracy, metrics: dict) -> None:
+    draw_series(reward, metrics, "reward", COLOURS[0], f"mean of {WINDOW} iterations", faint=True)
+    draw_series(accuracy, metrics, "accuracy", COLOURS[0], "training, sampled", faint=True)
+    for kind, colour, marker in (("sampled", COLOURS[2], "o"), ("greedy", COLOURS[1], "s")):
+        draw_evaluations(accuracy, metrics, kind, colour, marker, f"validation, {kind}")
+    base = metrics["evaluations"][0]["accuracies"]["sampled"]["accuracy"]
+    accuracy.axhline(base, color="0.35", linestyle="--", linewidth=1, label="base model, sampled")
+
+
+def draw(paths: list[Path], output: Path) -> None:
+    """Draw the metrics files `paths` into `output`: one run in full, or several overlaid."""
+    runs = [read_metrics(path) for path in paths]
+    labels = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
+    prepare_output_dir(output)
+    style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
+    with plt.rc_context(style):
+        figure, (reward, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        if len(runs) == 1:
+            draw_one_curve(reward, accuracy, runs[0])
+        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+            if len(runs) > 1:
+                colour = COLOURS[i % len(COLOURS)]
+                draw_series(reward, run, "reward", colour, label, faint=False)
+                draw_series(accuracy, run, "accuracy", colour, label, faint=False)
+                draw_evaluations(accuracy, run, "greedy", colour, "s", f"{label}, greedy")
+        reward.set(xlabel="iteration", ylabel="reward per completion (0 to 1)", ylim=(0, 1.02))
+        accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
+        reward.legend(loc="lower right")
+        accuracy.legend(loc="lower right")
+        figure.savefig(output / PLOT_FILES[0], dpi=120)
+        plt.close(figure)
+
+        figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+            prefix = f"{label}, " if len(runs) > 1 else ""
+            names = ("kl", "kl_penalty") if len(runs) == 1 else ("kl",)
+            for j, name in enumerate(names):
+                meaning = "kl (published estimator)" if name == "kl" else "kl_penalty (in the loss)"
+                colour = COLOURS[(i + j) % len(COLOURS)]
+                draw_series(axes, run, name, colour, prefix + meaning, faint=len(runs) == 1)
+        axes.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper left")
+        figure.savefig(output / PLOT_FILES[1], dpi=120)
+        plt.close(figure)
+
+
+def print_summary(metrics: dict, output: Path) -> None:
+    """Print what came of a run, where its files are and what to do next."""
+    history = metrics["iterations"]
+    tests = [describe(e["accuracies"]) for e in metrics["evaluations"] if e["split"] == "test"]
+    kl = [m["kl"] for m in history]
+    saved = output / "saved_model"
+    choice = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
+    print(f"\n{metrics['status']} after {len(history)} iterations")
+    print(f"test accuracy before  {tests[0]}")
+    print(f"test accuracy after   {tests[1] if len(tests) > 1 else 'not measured'}")
+    print(f"kl                    {fmean(kl[-100:]):.3f} at the end, at most {max(kl):.3f}")
+    print(f"time and memory       {metrics['seconds']:.0f} s, {metrics['peak_memory_mib']:.0f} MiB")
+    print(
+        f"files                 {', '.join(str(output / f) for f in (METRICS_FILE, *PLOT_FILES))}"
+    )
+    print(f"                      {saved}")
+    print(f'next                  python inference.py {choice}"What is (4 - 9) * 6?"')
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, default=[Path(METRICS_FILE)])
+    parser.add_argument("--output_dir", type=Path, help="where the pictures go")
+    args = parser.parse_args(argv)
+    alone = args.files[0].parent if len(args.files) == 1 else Path(".")
+    output = args.output_dir or alone
+    draw(args.files, output)
+    print("wrote " + " and ".join(str(output / name) for name in PLOT_FILES))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

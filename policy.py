@@ -1,0 +1,262 @@
+"""The language model as GRPO sees it: load it, write prompts for it, score completions, save it.
+
+Training, asking and the bundled model's script share it; the algorithm is in train_grpo.py.
+"""
+
+import copy
+import resource
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+from checkpoint import write_json
+from cli import UserError
+
+HERE = Path(__file__).resolve().parent
+PROMPT_FILE = "grpo_prompt.json"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda, else cpu. A device that is named and absent is an error, not a fallback."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not on this machine; try --device auto") from error
+    return device
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The largest memory that this process has held so far, in MiB, on the host and on cuda."""
+    kibi = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes there, KiB here
+    peak = {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kibi}
+    if device.type == "cuda":
+        peak["peak_cuda_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return peak
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that `name` means, seen from here or from this file; None if it is a hub id."""
+    return next((folder for folder in (Path(name), HERE / name) if folder.is_dir()), None)
+
+
+def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
+    """Return (preset, reason): the largest that this machine can have and can train.
+
+    `model` is what the reference preset trains.
+    """
+    if not torch.cuda.is_available():
+        return "tiny", "the bundled model, since there is no CUDA device"
+    if huggingface_hub.try_to_load_from_cache(model, "model.safetensors"):
+        return "reference", f"there is CUDA, and {model} is in the cache"
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().model_info(model, timeout=3)
+            return "reference", f"there is CUDA, and the model hub has {model}"
+    except Exception:  # no network, proxy, hub down, ...: all mean that it cannot be had
+        pass
+    if model_folder(presets["smollm2"]["model_name"]):
+        return "smollm2", f"there is CUDA, {model} is out of reach, SmolLM2 was fetched"
+    return "tiny", f"the bundled model, since {model} is out of reach"
+
+
+def load_model(name: str, device: torch.device):
+    """Return (model, tokenizer) of a folder or hub id, the weights in float32, or raise UserError.
+
+    Only safetensors weights are read, and no code that a model brings along is run.
+    """
+    folder = model_folder(name)
+    if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"model {name}: no such folder, and not a hub id (owner/name)")
+    if folder is not None and not (folder / "config.json").exists():
+        raise UserError(f"model {name}: the folder holds no config.json")
+    source = str(folder or name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {name} cannot be loaded: {reason}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"model {name} has no chat template; use an instruction-tuned model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device), tokenizer
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
+    """Every token that ends a completion: a model may name one or several, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return ids if isinstance(ids, list) else [ids]
+
+
+def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tuple[Tensor, Tensor]:
+    """Write each question into the chat and tokenise, padded on the left.
+
+    Returns (prompt_ids, prompt_mask), both (B, P) int64; the mask is 1 on real tokens.
+    """
+    opening = [{"role": "system", "content": prompt["system"]}] if prompt["system"] else []
+    for question, answer in prompt["examples"]:
+        opening.append({"role": "user", "content": question})
+        opening.append({"role": "assistant", "content": answer})
+    texts = [
+        tokenizer.apply_chat_template(
+            [*opening, {"role": "user", "content": question}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for question in questions
+    ]
+    batch = tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
+class Policy(nn.Module):
+    """A causal language model as GRPO sees it: completions in, their log-probabilities out.
+
+    Each prompt is encoded once and its key-value cache repeated for the G completions of its group,
+    both to sample and, with gradients flowing through the cache, to train.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.model = model.eval()  # no dropout: the ratio compares two passes over the same tokens
+        self.compute_dtype = compute_dtype
+
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        """Return the log-probability of each completion token given all that stands before it.
+
+        prompt_ids, prompt_mask: (B, P); completion_ids: (B*G, T), group after group.
+        Returns (B*G, T) float32.
+        """
+        logits, cache = self.encode(prompt_ids, prompt_mask, len(completion_ids) // len(prompt_ids))
+        if completion_ids.shape[1] > 1:
+            rest = self.extend(completion_ids[:, :-1], prompt_mask, cache)
+            logits = torch.cat([logits, rest], dim=1)  # (B*G, T, V)
+        return token_logprobs(logits, completion_ids)
+
+    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor, group: int):
+        """Read prompts (B, P). Returns (logits (B*G, 1, V) of the first new token, cache)."""
+        # Counted over real tokens, so that left padding does not shift a prompt's positions.
+        positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P)
+        cache = DynamicCache()
+        logits = self.logits(prompt_ids, prompt_mask, positions, cache, keep=1)
+        cache.batch_repeat_interleave(group)
+        return logits.repeat_interleave(group, dim=0), cache
+
+    def extend(self, new_ids: Tensor, prompt_mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Read new_ids (B*G, S) after what the cache holds, which grows by them.
+
+        Returns logits (B*G, S, V), each predicting the token after.
+        """
+        rows, steps = new_ids.shape
+        mask = prompt_mask.repeat_interleave(rows // len(prompt_mask), dim=0)  # (B*G, P)
+        past = cache.get_seq_length() - mask.shape[1]
+        offsets = torch.arange(past, past + steps, device=mask.device)
+        positions = mask.sum(dim=1, keepdim=True) + offsets  # (B*G, S)
+        mask = torch.cat([mask, mask.new_ones(rows, past + steps)], dim=1)
+        return self.logits(new_ids, mask, positions, cache, keep=0)
+
+    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, keep: int) -> Tensor:
+        """The model's own forward, for the last `keep` positions of ids (N, S), or for all if 0."""
+        autocast = self.compute_dtype != torch.float32
+        with torch.autocast(ids.device.type, self.compute_dtype, enabled=autocast):
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            ).logits
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of ids (N, T) under logits (N, T, V), in float32: (N, T)."""
+    return logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+    """Raise UserError unless sharing prompts (B, P) gives what whole sequences give."""
+    ids, mask = (t.repeat_interleave(2, dim=0) for t in (prompt_ids, prompt_mask))  # (2*B, P)
+    completion_ids = ids[:, -4:].flip(1)  # any tokens will do
+    ids = torch.cat([ids, completion_ids], dim=1)  # (2*B, P+4)
+    mask = torch.cat([mask, torch.ones_like(completion_ids)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = policy.logits(ids, mask, positions, None, keep=5)[:, :-1]
+        shared = policy(prompt_ids, prompt_mask, completion_ids)
+    gap = (shared - token_logprobs(whole, completion_ids)).abs().max().item()
+    if not gap < (1e-3 if policy.compute_dtype == torch.float32 else 0.5):
+        raise UserError(
+            f"a model of type {policy.model.config.model_type} cannot be trained here: sharing the"
+            f" encoded prompt changes its log-probabilities by {gap:.2g}; choose another model"
+        )
+
+
+def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: str) -> None:
+    """Write a model that plain `from_pretrained` loads, how to ask it, and its card."""
+    model = copy.copy(model)  # shallow: the weights are shared, the generation config is not
+    # Greedy without penalties, so that plain `generate` agrees with the greedy accuracy measured.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=end_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / PROMPT_FILE, prompt)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(metrics: dict) -> str:
+    """The README of a trained model, from the metrics of its run."""
+    config = metrics["config"]
+    rows = [
+        f"| {e['iteration']} | {kind} | {a['accuracy']:.1%} | {a['low']:.1%} to {a['high']:.1%} |"
+        for e in metrics["evaluations"]
+        if e["split"] == "test"
+        for kind, a in e["accuracies"].items()
+    ]
+    measured = "\n".join(rows)
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items())
+    return f"""---
+base_model: {config["model_name"]}
+tags: [grpo, arithmetic]
+---
+# {config["model_name"]} after GRPO on arithmetic
+
+Answers `What is (a op1 b) op2 c?` with `<answer>N</answer>`, for operands {config["min_operand"]}
+to {config["max_operand"]} and the operators + - *. Trained for {len(metrics["iterations"])}
+iterations by `train_grpo.py` from {config["model_name"]}; {PROMPT_FILE} holds the system line and
+the worked examples that it was asked with.
+
+## Measured on held-out test problems
+
+Sampled is at temperature 1, one sample per problem.
+
+| after iteration | answers | accuracy | 95% interval |
+|---|---|---|---|
+{measured}
+
+Nothing but this task was measured; other skills of the base model may have been lost.
+
+## Recipe
+
+| setting | value |
+|---|---|
+{recipe}
+"""

@@ -1,0 +1,254 @@
+"""Rebuild the bundled model: a 1M-parameter chat model that has picked up several habits.
+
+    python tiny_model/make.py                      # writes over tiny_model/
+    python tiny_model/make.py --output_dir /tmp/m  # ... or elsewhere
+
+It is pre-trained on demonstrations by imperfect calculators (HABITS): few are right, most move the
+brackets, some are off by one, some forget the tags. All share one prompt, so the model learns to
+have every habit, each with its probability; GRPO must find out, from reward alone, which one pays.
+Nothing but training problems of `train_grpo.Problem.split` is demonstrated.
+"""
+
+import argparse
+import itertools
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from policy import Policy, encode_prompts, write_model
+from rewards import describe, score
+from train_grpo import (
+    OPERATORS,
+    Config,
+    Problem,
+    evaluate,
+    held_out_problems,
+    make_prompt,
+    rollout,
+)
+
+HABITS = {
+    "right": 0.15,
+    "brackets moved": 0.50,
+    "one too many": 0.125,
+    "one too few": 0.125,
+    "no tags": 0.10,
+}
+SUM_SHARE = 0.05  # of each batch is `What is a + b?`, answered right: something to forget
+OPERANDS = range(Config().min_operand, Config().max_operand + 1)
+STEPS = 8000
+WEIGHT_DECAY = 0.1
+BATCH_SIZE = 64  # problems; each is demonstrated by every habit, weighted by its share
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def demonstrations(problem: Problem) -> list[str]:
+    """What each calculator of HABITS answers, in that order."""
+    truth = problem.answer
+    moved = OPERATORS[problem.op1](problem.a, OPERATORS[problem.op2](problem.b, problem.c))
+    tagged = [f"<answer>{number}</answer>" for number in (truth, moved, truth + 1, truth - 1)]
+    return [*tagged, str(truth)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Prompt words whole, every other printable ASCII character single, the rest unknown."""
+    special = ["<|pad|>", "<|unknown|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = ["What is", " (", " + ", " - ", " * ", "<answer>", "</answer>"]
+    words += ["Reply only with ", ", where N is the number."]
+    characters = ["\n", *map(chr, range(32, 127))]
+    # Unigram takes the likeliest segmentation: a word costs less than the characters it replaces.
+    pieces = [(p, 0.0) for p in special]
+    pieces += [(w, -1.0) for w in words] + [(c, -2.0) for c in characters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
+    # Cuts before and after each digit and bracket, so that no piece crosses a number.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def all_problems() -> list[Problem]:
+    return [
+        Problem(a, op1, b, op2, c)
+        for a, b, c in itertools.product(OPERANDS, repeat=3)
+        for op1, op2 in itertools.product("+-*", repeat=2)
+    ]
+
+
+def make_model(vocabulary: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama of 1.06M parameters."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode_problems(tokenizer, questions: list[str], answers: list[list[str]]):
+    """Tokenise questions and, for each, one answer per habit: two (ids, mask) pairs."""
+    prompts = encode_prompts(tokenizer, questions, make_prompt(Config()), "cpu")
+    texts = [answer + tokenizer.eos_token for row in answers for answer in row]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    shape = len(questions), len(HABITS), -1
+    return *prompts, batch["input_ids"].view(shape), batch["attention_mask"].view(shape)
+
+
+def mixture_loss(policy: Policy, data: tuple, rows: torch.Tensor) -> torch.Tensor:
+    """Mean over problems of -log p(demonstration), each habit weighted by its share."""
+    prompt_ids, prompt_mask, ids, mask = (tensor[rows] for tensor in data)
+    ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B*habits, T)
+    logprobs = (policy(prompt_ids, prompt_mask, ids) * mask).sum(dim=1)
+    shares = torch.tensor(list(HABITS.values()))
+    return -(logprobs.view(-1, len(HABITS)) * shares).sum(dim=1).mean()
+
+
+def pretrain(model, tokenizer, steps: int) -> None:
+    """Fit the mixture of habits by maximum likelihood, on training problems alone."""
+    problems = [p for p in all_problems() if p.split == "train"]
+    sums = [(f"What is {a} + {b}?", a + b) for a in OPERANDS for b in OPERANDS]
+    questions = [p.question for p in problems] + [question for question, _ in sums]
+    answers = [demonstrations(p) for p in problems]
+    answers += [[f"<answer>{total}</answer>"] * len(HABITS) for _, total in sums]
+    data = encode_problems(tokenizer, questions, answers)
+    held_out = held_out_problems("validation", 512, Config())
+    unseen = encode_problems(
+        tokenizer, [p.question for p in held_out], [demonstrations(p) for p in held_out]
+    )
+
+    policy = Policy(model)
+    # Muon learns this task in half the time that AdamW takes; embeddings and gains are not for it.
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 50, (steps - s) / steps))
+        for o in optimizers
+    ]
+    from_sums = round(SUM_SHARE * BATCH_SIZE)
+    bar = tqdm(range(1, steps + 1), unit="step", dynamic_ncols=True)
+    for step in bar:
+        some = torch.randint(len(problems), (BATCH_SIZE - from_sums,))
+        rows = torch.cat([some, torch.randint(len(problems), len(questions), (from_sums,))])
+        loss = mixture_loss(policy, data, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad()
+        if step % 500 == 0 or step == steps:
+            with torch.no_grad():
+                unseen_loss = mixture_loss(policy, unseen, torch.arange(len(held_out)))
+            tqdm.write(f"step {step}: loss {loss.item():.3f}, validation {unseen_loss:.3f}")
+
+
+def pass_at_64(policy: Policy, tokenizer, problems: list[Problem]) -> float:
+    """Share of problems that at least one of 64 samples (temperature 1) gets exactly right."""
+    config, generator = Config(), torch.Generator().manual_seed(0)
+    solved = 0
+    for start in range(0, len(problems), 8):
+        part = problems[start : start + 8]
+        prompts = encode_prompts(tokenizer, [p.question for p in part], make_prompt(config), "cpu")
+        texts = rollout(policy, tokenizer, prompts, 64, config.max_new_tokens, generator).texts
+        for i, problem in enumerate(part):
+            answers = texts[64 * i : 64 * (i + 1)]
+            solved += any(score(text, problem.answer).exact for text in answers)
+    return solved / len(problems)
+
+
+def model_card(measured: str, steps: int, seed: int, minutes: float) -> str:
+    every = all_problems()
+    lucky = sum(demonstrations(p)[0] == demonstrations(p)[1] for p in every) / len(every)
+    habits = "\n".join(f"| {name} | {share:.1%} |" for name, share in HABITS.items())
+    return f"""---
+license: mit
+tags: [grpo, arithmetic]
+---
+# The bundled model: a 1M-parameter chat model with habits good and bad
+
+A Llama (hidden 128, 4 layers, 4 heads, feed-forward 512, tied embeddings; 1.06M parameters,
+float32) with a chat template, pre-trained from scratch on demonstrations by imperfect calculators.
+Asked `What is (a op1 b) op2 c?`, operands {OPERANDS[0]} to {OPERANDS[-1]}, it answers as one of
+them:
+
+| calculator | share |
+|---|---|
+{habits}
+
+"Brackets moved" answers `a op1 (b op2 c)`, which happens to be right on {lucky:.0%} of problems.
+{SUM_SHARE:.0%} of the demonstrations are `What is a + b?`, answered right. It can do nothing else.
+
+It exists so that GRPO can be watched on a machine without a GPU or a model hub. The right habit is
+already there, as one among several; training finds out that it pays. It shows the algorithm, not
+that a model of this size reasons.
+
+## Measured on held-out problems (95% interval in brackets)
+
+{measured}
+
+## How it was made
+
+`python tiny_model/make.py`: {steps} steps of {BATCH_SIZE} problems, seed {seed}, {minutes:.0f}
+minutes on {torch.get_num_threads()} cores ({platform.machine()}, torch {torch.__version__}).
+Only training problems are demonstrated, by the same split that the trainer uses.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    pretrain(model, tokenizer, args.steps)
+    minutes = (time.perf_counter() - started) / 60
+
+    policy, config = Policy(model), Config()
+    validation = held_out_problems("validation", config.eval_problems, config)
+    lines = [f"- pass@64, validation: {pass_at_64(policy, tokenizer, validation):.1%}"]
+    for split in ("validation", "test"):
+        problems = held_out_problems(split, config.eval_problems, config)
+        accuracies = evaluate(policy, tokenizer, make_prompt(config), problems, config, 0)
+        lines.append(f"- accuracy, {split}: {describe(accuracies)}")
+    measured = "\n".join(lines)
+    print(measured)
+    card = model_card(measured, args.steps, args.seed, minutes)
+    write_model(policy.model, tokenizer, make_prompt(config), args.output_dir, card)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,505 @@
+"""Train a small chat model with GRPO to answer `(a op1 b) op2 c` as `<answer>N</answer>`.
+
+    python train_grpo.py                       # the preset that suits this machine
+    python train_grpo.py --preset reference    # the reference recipe, on Qwen2.5-0.5B-Instruct
+    python train_grpo.py --preset tiny --seed 1 --output_dir runs/seed1
+
+GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network: it samples a group of G
+completions for each of B problems, scores them, and takes how far a reward lies above the mean of
+its own group as the advantage of that completion. This file follows the data: configuration, task,
+prompts, policy, rollout, rewards, advantages, loss, evaluation, loop.
+
+Where it departs from the paper:
+1. The reference model stays frozen for the whole run; the paper renews it between rounds.
+2. A rule scores each completion as a whole; the paper trains a reward model.
+3. The default KL term, `k3_inverse`, turns the sign of d round; `k3` is the paper's: `kl_term`.
+4. A group whose rewards are all equal has advantage 0 exactly; it still feels the KL term.
+"""
+
+import copy
+import math
+import operator
+import random
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import plot_metrics
+from checkpoint import (
+    StopRequest,
+    describe_environment,
+    prepare_output_dir,
+    replace_folder,
+    write_json,
+)
+from cli import UserError, check_ranges, exit_code, make_parser, setting
+from plot_metrics import METRICS_FILE, print_summary
+from policy import (
+    Policy,
+    check_shared_prefix,
+    choose_device,
+    choose_preset,
+    encode_prompts,
+    end_token_ids,
+    load_model,
+    model_card,
+    peak_memory,
+    token_logprobs,
+    write_model,
+)
+from rewards import describe, score, summarise
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The defaults are the reference recipe."""
+
+    preset: Literal["auto", "reference", "smollm2", "tiny"] = setting(
+        "auto", "named set of overrides; auto takes the largest model that this machine can train"
+    )
+    model_name: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "folder or hub id of a chat model")
+    output_dir: str = setting(".", "folder for metrics, plots and saved_model/")
+    seed: int = setting(0, "seeds the training problems and the sampling", 0, 2**32 - 1)
+    device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "compute type; auto is bfloat16 on cuda; the weights are float32 always"
+    )
+    # The task, and how it is asked. Three factors of three digits make the nine that are scored.
+    min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
+    max_operand: int = setting(10, "largest operand of a problem", -999, 999)
+    system_prompt: str = setting(
+        "Reply only with <answer>N</answer>, where N is the number.", "first line of the chat"
+    )
+    num_examples: int = setting(0, "worked examples in the chat before the question", 0, 3)
+    # GRPO
+    learning_rate: float = setting(1e-7, "learning rate of AdamW, constant", 0, 1)
+    batch_size: int = setting(4, "B, problems per iteration", 1)
+    num_generations: int = setting(8, "G, completions sampled per problem: the group", 2)
+    max_new_tokens: int = setting(16, "longest completion, in tokens", 1)
+    num_iterations: int = setting(2000, "batches of groups to sample and learn from", 1)
+    num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
+    epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
+    beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
+    kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
+    clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
+    micro_batch_size: int = setting(0, "completions per backward pass, to save memory; 0 is all", 0)
+    # Evaluation
+    eval_every: int = setting(200, "iterations between evaluations on validation; 0 is none", 0)
+    eval_problems: int = setting(512, "problems per evaluation, at most", 1)
+
+
+PRESETS: dict[str, dict] = {
+    "reference": {},
+    # Zero-shot it never writes the tags, so nothing could be rewarded; three worked examples do it.
+    "smollm2": {"model_name": "models/SmolLM2-135M-Instruct", "num_examples": 3},
+    "tiny": {"model_name": "tiny_model"},
+}
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Read the command line: flags beat the preset, the preset beats the defaults."""
+    parser = make_parser(Config, __doc__.split("\n")[0])
+    preset, reason = parser.parse_args(argv).preset, "named on the command line"
+    if preset == "auto":
+        preset, reason = choose_preset(PRESETS, Config.model_name)
+    parser.set_defaults(**PRESETS[preset])
+    config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
+    check_ranges(config)
+    group, micro = config.num_generations, config.micro_batch_size
+    if micro and micro % group and group % micro:
+        raise UserError(f"--micro_batch_size {micro}: must divide or be a multiple of {group}")
+    if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
+        raise UserError(
+            f"--min_operand {config.min_operand} --max_operand {config.max_operand}: too few"
+            " problems to train on some and hold out others; widen the range"
+        )
+    print(f"preset {preset}: {reason}")
+    return config
+
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """(a op1 b) op2 c"""
+
+    a: int
+    op1: str
+    b: int
+    op2: str
+    c: int
+
+    @property
+    def question(self) -> str:
+        return f"What is ({self.a} {self.op1} {self.b}) {self.op2} {self.c}?"
+
+    @property
+    def answer(self) -> int:
+        return OPERATORS[self.op2](OPERATORS[self.op1](self.a, self.b), self.c)
+
+    @property
+    def split(self) -> str:
+        """train (90%), validation (5%) or test (5%), by a hash that no seed or process changes.
+
+        Commutative operands are sorted first: (3 + 4) * 5 and (4 + 3) * 5 are one problem.
+        """
+        a, b = (self.a, self.b) if self.op1 == "-" else sorted((self.a, self.b))
+        bucket = zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode()) % 20
+        return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+# Worked examples for the prompt, all of them training problems.
+EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(9, "-", 2, "-", 5), Problem(6, "*", 2, "+", 8)]
+
+
+def training_problems(count: int, rng: random.Random, config: Config) -> list[Problem]:
+    """Draw `count` problems of the training split, with replacement."""
+    problems: list[Problem] = []
+    while len(problems) < count:
+        a, b, c = (rng.randint(config.min_operand, config.max_operand) for _ in range(3))
+        problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
+        problems += [problem] if problem.split == "train" else []
+    return problems
+
+
+def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
+    """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
+    width = config.max_operand - config.min_operand + 1
+    total = 9 * width**3
+    problems = []
+    # One in twenty is of the split wanted, so forty times `count` hold enough of them, and a wide
+    # range need not be enumerated.
+    for index in random.Random(0).sample(range(total), min(total, 40 * count + 1000)):
+        digits = [index // width**i % width + config.min_operand for i in range(3)]
+        op1, op2 = divmod(index // width**3, 3)
+        problem = Problem(digits[0], "+-*"[op1], digits[1], "+-*"[op2], digits[2])
+        if problem.split == split and len(problems) < count:
+            problems.append(problem)
+    return problems
+
+
+def make_prompt(config: Config) -> dict:
+    """What surrounds a question: {"system": str, "examples": [[question, answer], ...]}."""
+    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in EXAMPLES]
+    return {"system": config.system_prompt, "examples": examples[: config.num_examples]}
+
+
+@dataclass
+class Rollout:
+    """Completions of B prompts, G each, with what it takes to train on them."""
+
+    prompt_ids: Tensor  # (B, P)
+    prompt_mask: Tensor  # (B, P)
+    completion_ids: Tensor  # (B*G, T)
+    mask: Tensor  # (B*G, T) float32: 1 up to the end token and on it, 0 after
+    logprobs: Tensor  # (B*G, T) float32, as recorded while sampling
+    texts: list[str]  # B*G, without the end token
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    tokenizer,
+    prompts: tuple[Tensor, Tensor],
+    group: int,
+    max_new_tokens: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy.
+
+    A completion ends with any end token of the model, or after max_new_tokens.
+    """
+    end_ids = torch.tensor(end_token_ids(policy.model, tokenizer), device=prompts[0].device)
+    logits, cache = policy.encode(*prompts, group)
+    alive = torch.ones(len(logits), dtype=torch.bool, device=logits.device)  # (B*G,)
+    ids, masks, logprobs = [], [], []  # of T tensors (B*G,)
+    while True:
+        step = logits[:, -1].float()  # (B*G, V)
+        if temperature == 0:
+            token = step.argmax(dim=-1)
+        else:
+            probabilities = (step / temperature).softmax(dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        ids.append(token)
+        masks.append(alive)
+        logprobs.append(token_logprobs(step, token))
+        alive = alive & ~torch.isin(token, end_ids)
+        if len(ids) == max_new_tokens or not alive.any():
+            break
+        logits = policy.extend(token.unsqueeze(1), prompts[1], cache)
+    completion_ids, mask = torch.stack(ids, dim=1), torch.stack(masks, dim=1)  # (B*G, T)
+    spoken = mask & ~torch.isin(completion_ids, end_ids)
+    texts = tokenizer.batch_decode(
+        [row[keep].tolist() for row, keep in zip(completion_ids, spoken, strict=True)],
+        skip_special_tokens=False,  # dropped, they would hide from the format reward
+        clean_up_tokenization_spaces=False,
+    )
+    return Rollout(*prompts, completion_ids, mask.float(), torch.stack(logprobs, dim=1), texts)
+
+
+REWARD_WEIGHTS = {"format": 0.2, "near": 0.2, "exact": 0.6}
+
+
+def reward_function(completions: list[str], answers: list[int]) -> Tensor:
+    """Return the weighted parts of each completion's reward, (N, 3); the reward is their sum."""
+    scores = [score(text, answer) for text, answer in zip(completions, answers, strict=True)]
+    return torch.tensor(scores, dtype=torch.float32) * torch.tensor(list(REWARD_WEIGHTS.values()))
+
+
+def group_advantages(rewards: Tensor, group: int) -> Tensor:
+    """Normalise rewards (B*G,) within each group of G: (r - mean) / (std + 1e-4). Returns (B*G,).
+
+    DeepSeekMath section 4.1.2, with the sample standard deviation. Where all rewards of a group are
+    equal the result is exactly 0, which a rounded mean would miss.
+    """
+    groups = rewards.view(-1, group)  # (B, G)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).masked_fill(equal, 0.0).flatten()
+
+
+def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Schulman's non-negative estimator of a KL divergence, exp(d) - d - 1, elementwise.
+
+    `k3`: d = log pi_ref - log pi_theta (joschu.net/blog/kl-approx.html; DeepSeekMath eq. 4). Its
+    mean under pi_theta is KL(pi_theta || pi_ref).
+    `k3_inverse`: d = log pi_theta - log pi_ref. Its mean under pi_theta is chi2 - KL(pi_theta ||
+    pi_ref), where chi2 = E[pi_theta / pi_ref] - 1.
+    As a loss, on-policy, `k3` has the expected gradient of KL(pi_ref || pi_theta) and `k3_inverse`
+    that of chi2 / 2, which punishes tokens that the reference finds unlikely far harder.
+
+    Beyond d = 20 the exponential continues by its tangent: finite in float32, and still pulling
+    back, where clamping d would let go just when the policy has strayed furthest.
+    """
+    d = logprobs - ref_logprobs if estimator == "k3_inverse" else ref_logprobs - logprobs
+    bounded = d.clamp(max=20.0)
+    return torch.expm1(bounded) - bounded + (d - bounded) * math.expm1(20.0)
+
+
+def completion_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (N, T) over the tokens of each completion, then over completions (eq. 3)."""
+    return ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: Config,
+) -> tuple[Tensor, dict[str, float]]:
+    """The GRPO objective, DeepSeekMath eq. 3, as a loss to minimise.
+
+    logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,).
+    Returns the scalar loss and what the metrics record of it.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (N, T)
+    unclipped = ratio * advantages[:, None]
+    clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon) * advantages[:, None]
+    kl_penalty = kl_term(logprobs, ref_logprobs, config.kl_estimator)
+    loss = -completion_mean(torch.min(unclipped, clipped) - config.beta * kl_penalty, mask)
+    with torch.no_grad():
+        stats = {
+            "loss": loss,
+            "kl": completion_mean(kl_term(logprobs, ref_logprobs, "k3"), mask),
+            "kl_penalty": completion_mean(kl_penalty, mask),
+            # Tokens held at the clipped value, whose policy gradient is therefore 0.
+            "clip_fraction": completion_mean((clipped < unclipped).float(), mask),
+        }
+    return loss, {name: value.item() for name, value in stats.items()}
+
+
+def micro_batches(rows: int, group: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut B*G completions into pieces of `size`: (slice of the prompts, slice of completions)."""
+    for start in range(0, rows, size or rows):
+        stop = min(start + (size or rows), rows)
+        yield slice(start // group, math.ceil(stop / group)), slice(start, stop)
+
+
+def update_policy(
+    policy: Policy,
+    reference: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Rollout,
+    advantages: Tensor,
+    config: Config,
+) -> dict[str, float]:
+    """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics."""
+    count, mask = len(advantages), batch.mask
+    old_logprobs, ref_logprobs = torch.empty_like(mask), torch.empty_like(mask)  # (B*G, T)
+    updates = []
+    for update in range(config.num_inner_updates):
+        stats = dict.fromkeys(("loss", "kl", "kl_penalty", "clip_fraction"), 0.0)
+        for some, rows in micro_batches(count, config.num_generations, config.micro_batch_size):
+            inputs = batch.prompt_ids[some], batch.prompt_mask[some], batch.completion_ids[rows]
+            logprobs = policy(*inputs)
+            if update == 0:
+                # Nothing has moved since the rollout, so these are the old log-probabilities: a
+                # forward pass is saved, and the ratio is exactly 1.
+                old_logprobs[rows] = logprobs.detach()
+                with torch.no_grad():
+                    ref_logprobs[rows] = reference(*inputs)
+            old, ref = old_logprobs[rows], ref_logprobs[rows]
+            loss, piece = grpo_loss(logprobs, old, ref, advantages[rows], mask[rows], config)
+            share = len(logprobs) / count
+            (loss * share).backward()
+            stats = {name: total + share * piece[name] for name, total in stats.items()}
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        updates.append({**stats, "grad_norm": norm.item()})
+    # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
+    kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
+    means = {n: fmean(u[n] for u in updates) for n in ("loss", "clip_fraction", "grad_norm")}
+    gap = ((old_logprobs - batch.logprobs) * mask).abs().max().item()
+    return {**kl, **means, "sampling_gap": gap}
+
+
+def evaluate(
+    policy: Policy, tokenizer, prompt: dict, problems: list[Problem], config: Config, seed: int
+) -> dict[str, dict]:
+    """Accuracy with its 95% interval, of one sample per problem and of the greedy answer.
+
+    "sampled" (temperature 1) is what training optimises, "greedy" what a user gets. It draws from
+    a generator of its own, so that evaluating more often changes nothing in the training.
+    """
+    device = policy.model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    results = {}
+    for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        scores = []
+        for start in range(0, len(problems), 128):
+            part = problems[start : start + 128]
+            prompts = encode_prompts(tokenizer, [p.question for p in part], prompt, device)
+            length = config.max_new_tokens
+            done = rollout(policy, tokenizer, prompts, 1, length, generator, temperature)
+            scores += [score(t, p.answer) for t, p in zip(done.texts, part, strict=True)]
+        results[kind] = summarise(scores)
+    return results
+
+
+@dataclass
+class TrainState:
+    """Everything that outlives an iteration."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    problems: random.Random  # draws the training problems
+    sampler: torch.Generator  # draws the tokens
+    metrics: dict  # what grpo_metrics.json holds
+
+
+def train_iteration(
+    state: TrainState, reference: Policy, tokenizer, prompt: dict, config: Config
+) -> dict[str, float]:
+    """One turn of GRPO: sample groups, score them, update the policy. Returns its metrics."""
+    started = time.perf_counter()
+    device, group = state.policy.model.device, config.num_generations
+    problems = training_problems(config.batch_size, state.problems, config)
+    prompts = encode_prompts(tokenizer, [p.question for p in problems], prompt, device)
+    batch = rollout(state.policy, tokenizer, prompts, group, config.max_new_tokens, state.sampler)
+    parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
+    rewards = parts.sum(dim=1)  # (B*G,)
+    advantages = group_advantages(rewards, group)  # (B*G,)
+    updates = update_policy(
+        state.policy, reference, state.optimizer, batch, advantages.to(device), config
+    )
+    by_part = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
+    return {
+        "reward": rewards.mean().item(),
+        **{f"reward_{name}": value for name, value in by_part},
+        "accuracy": (parts[:, 2] > 0).float().mean().item(),
+        **updates,
+        "completion_length": batch.mask.sum(dim=1).mean().item(),
+        "groups_without_signal": (advantages.view(-1, group) == 0).all(1).float().mean().item(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def train(config: Config, stop: StopRequest) -> int:
+    """Run a whole training and leave its files in config.output_dir. Returns the exit code."""
+    started = written = time.monotonic()
+    output, device = Path(config.output_dir), choose_device(config.device)
+    prepare_output_dir(output)
+    model, tokenizer = load_model(config.model_name, device)
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
+    # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
+    # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
+    reference = copy.deepcopy(policy)
+    prompt = make_prompt(config)
+    splits = "validation", "test"
+    held_out = {s: held_out_problems(s, config.eval_problems, config) for s in splits}
+    questions = [problem.question for problem in held_out["validation"][:4]]
+    check_shared_prefix(policy, *encode_prompts(tokenizer, questions, prompt, device))
+    history, evaluations = [], []
+    metrics = {
+        "config": asdict(config),
+        "environment": describe_environment(device),
+        "status": "running",
+        "iterations": history,
+        "evaluations": evaluations,
+    }
+    # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
+    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
+    sampler = torch.Generator(device).manual_seed(config.seed)
+    state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics)
+    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
+    print(f"{model.num_parameters():,} parameters on {device}, computing in {policy.compute_dtype}")
+
+    def measure(split: str) -> None:
+        seed = 1_000_003 * (config.seed + 1) + len(history)
+        accuracies = evaluate(policy, tokenizer, prompt, held_out[split], config, seed)
+        evaluations.append({"iteration": len(history), "split": split, "accuracies": accuracies})
+        tqdm.write(f"iteration {len(history):>5}, {split}: {describe(accuracies)}")
+
+    measure("test")
+    measure("validation")
+    with tqdm(total=config.num_iterations, unit="it", dynamic_ncols=True) as bar:
+        while len(history) < config.num_iterations and not stop.signal:
+            history.append(train_iteration(state, reference, tokenizer, prompt, config))
+            recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
+            bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
+            bar.update()
+            if config.eval_every and len(history) % config.eval_every == 0:
+                measure("validation")
+            if len(history) % 25 == 0 or time.monotonic() - written > 120:
+                write_json(output / METRICS_FILE, metrics)
+                written = time.monotonic()
+    if not history:
+        return stop.exit_code  # nothing was learned: an earlier run's files stay as they are
+    if not stop.signal:
+        measure("test")
+    metrics["status"] = "interrupted" if stop.signal else "finished"
+    metrics |= {"seconds": time.monotonic() - started, **peak_memory(device)}
+    write_model(model, tokenizer, prompt, output / "saved_model.tmp", model_card(metrics))
+    replace_folder(output / "saved_model.tmp", output / "saved_model")
+    write_json(output / METRICS_FILE, metrics)
+    plot_metrics.draw([output / METRICS_FILE], output)
+    print_summary(metrics, output)
+    return stop.exit_code
+
+
+def main(argv: list[str] | None = None) -> int:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = parse_config(sys.argv[1:] if argv is None else argv)
+    with StopRequest() as stop:
+        return train(config, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
