@@ -47,6 +47,19 @@ def model_folder(name: str) -> Path | None:
     return next((folder for folder in (Path(name), HERE / name) if folder.is_dir()), None)
 
 
+def hub_source(name: str) -> str | None:
+    """Where a hub id can be had, asking the hub once, for 3 seconds at most; None if nowhere."""
+    if huggingface_hub.try_to_load_from_cache(name, "config.json"):
+        return "in the cache"
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().model_info(name, timeout=3)
+            return "on the model hub"
+    except Exception:  # no network, a proxy, no such model, ...: all mean that it cannot be had
+        pass
+    return None
+
+
 def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
     """Return (preset, reason): the largest that this machine can have and can train.
 
@@ -54,14 +67,9 @@ def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
     """
     if not torch.cuda.is_available():
         return "tiny", "the bundled model, since there is no CUDA device"
-    if huggingface_hub.try_to_load_from_cache(model, "model.safetensors"):
-        return "reference", f"there is CUDA, and {model} is in the cache"
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().model_info(model, timeout=3)
-            return "reference", f"there is CUDA, and the model hub has {model}"
-    except Exception:  # no network, proxy, hub down, ...: all mean that it cannot be had
-        pass
+    where = hub_source(model)
+    if where:
+        return "reference", f"there is CUDA, and {model} is {where}"
     if model_folder(presets["smollm2"]["model_name"]):
         return "smollm2", f"there is CUDA, {model} is out of reach, SmolLM2 was fetched"
     return "tiny", f"the bundled model, since {model} is out of reach"
@@ -77,6 +85,11 @@ def load_model(name: str, device: torch.device):
         raise UserError(f"model {name}: no such folder, and not a hub id (owner/name)")
     if folder is not None and not (folder / "config.json").exists():
         raise UserError(f"model {name}: the folder holds no config.json")
+    if folder is None and not hub_source(name):
+        raise UserError(
+            f"model {name}: neither in the cache nor on the model hub, if that can be reached at all;"
+            " name a folder, or take the bundled model with --preset tiny"
+        )
     source = str(folder or name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

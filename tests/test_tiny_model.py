@@ -1,0 +1,58 @@
+"""The bundled model: small, used like any chat model, and honest about what it was shown."""
+
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "tiny_model"))
+from make import HABITS, demonstrations, make_tokenizer, pass_at_64
+
+from inference import read_prompt
+from policy import encode_prompts
+from train_grpo import Config, Problem, evaluate, held_out_problems, make_prompt
+
+
+def test_its_weights_are_under_5_mb_and_about_a_million(tiny):
+    assert (TINY / "model.safetensors").stat().st_size < 5_000_000
+    assert 1_000_000 < tiny[0].model.num_parameters() < 1_100_000
+
+
+def test_prompt_words_are_whole_and_digits_single(tiny):
+    tokenizer = tiny[1]
+    tokens = tokenizer.tokenize("What is (10 - 9) * 6?")
+    assert tokens == ["What is", " (", "1", "0", " - ", "9", ")", " * ", "6", "?"]
+    assert tokenizer.tokenize("<answer>-30</answer>") == ["<answer>", "-", "3", "0", "</answer>"]
+
+
+def test_every_printable_text_survives_the_tokenizer():
+    tokenizer = make_tokenizer()
+    text = "".join(map(chr, range(32, 127))) + "\n What is (3 + 4) - 5? <answer>7</answer>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_it_is_asked_as_training_asks_it(tiny):
+    assert read_prompt(str(TINY)) == make_prompt(Config())
+    ids, mask = encode_prompts(tiny[1], ["What is (4 - 9) * 6?"], make_prompt(Config()), "cpu")
+    assert ids.shape == (1, 19) and mask.all()
+
+
+def test_each_calculator_makes_its_own_mistake():
+    answers = demonstrations(Problem(4, "-", 9, "*", 6))
+    assert dict(zip(HABITS, answers, strict=True)) == {
+        "right": "<answer>-30</answer>",
+        "brackets moved": "<answer>-50</answer>",
+        "one too many": "<answer>-29</answer>",
+        "one too few": "<answer>-31</answer>",
+        "no tags": "-30",
+    }
+    assert sum(HABITS.values()) == pytest.approx(1)
+
+
+def test_its_base_accuracy_leaves_room_and_its_habits_hold_the_right_one(tiny):
+    config = Config()
+    problems = held_out_problems("validation", 128, config)
+    accuracies = evaluate(*tiny, make_prompt(config), problems, config, seed=0)
+    assert 0.25 < accuracies["sampled"]["accuracy"] < 0.45
+    assert accuracies["greedy"]["accuracy"] < 0.55
+    assert pass_at_64(*tiny, problems) >= 0.95
