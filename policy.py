@@ -87,7 +87,7 @@ def load_model(name: str, device: torch.device):
         raise UserError(f"model {name}: the folder holds no config.json")
     if folder is None and not hub_source(name):
         raise UserError(
-            f"model {name}: neither in the cache nor on the model hub, if that can be reached at all;"
+            f"model {name}: not in the cache, and not on the model hub if that can be reached;"
             " name a folder, or take the bundled model with --preset tiny"
         )
     source = str(folder or name)

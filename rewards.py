@@ -61,8 +61,8 @@ def summarise(scores: list[Score]) -> dict:
     spread = math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
     return {
         "accuracy": p,
-        "low": max(0.0, centre - spread),
-        "high": min(1.0, centre + spread),
+        "low": min(p, max(0.0, centre - spread)),  # at 0 and 1, p up to rounding
+        "high": max(p, min(1.0, centre + spread)),
         "format": sum(score.format for score in scores) / n,
         "problems": n,
     }

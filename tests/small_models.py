@@ -3,6 +3,8 @@
 Weights are larger than a fresh model's, so that attention is sharp and its mistakes show.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,6 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from policy import Policy
+from train_grpo import Rollout
 
 VOCABULARY = 64
 WINDOW = 5  # of sliding attention: shorter than any sequence the tests use
@@ -99,3 +104,36 @@ def naive_logprobs(model: nn.Module, prompt: list[int], completion: list[int]) -
     logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
     at = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
     return torch.stack([logits[i].log_softmax(0)[t] for i, t in zip(at, completion, strict=True)])
+
+
+def nearby(policy: Policy, distance: float = 0.02) -> Policy:
+    """A copy with every weight moved a little: a reference from which the policy has strayed."""
+    other = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def ragged_batch(prompts: list[list[int]], completions: list[list[int]], pad: int = 0) -> Rollout:
+    """A rollout of these prompts and completions, with any tokens where a completion has ended."""
+    steps = max(map(len, completions))
+    ids = [c + random_ids(steps - len(c), seed=len(c)) for c in completions]
+    mask = [[1.0] * len(c) + [0.0] * (steps - len(c)) for c in completions]
+    mask = torch.tensor(mask)
+    return Rollout(*left_padded(prompts, pad), torch.tensor(ids), mask, torch.zeros_like(mask), [])
+
+
+class Recorder:
+    """Stands in for an optimiser: keeps the gradients of its last step and changes no weight."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def step(self) -> None:
+        named = self.policy.model.named_parameters()
+        self.gradients = {name: parameter.grad.clone() for name, parameter in named}
+
+    def zero_grad(self) -> None:
+        self.policy.zero_grad()
