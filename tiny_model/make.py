@@ -185,6 +185,18 @@ def pass_at_64(policy: Policy, tokenizer, problems: list[Problem]) -> float:
     return solved / len(problems)
 
 
+def measure(policy: Policy, tokenizer) -> str:
+    """Base accuracy on both held-out splits and pass@64, as the lines of the card."""
+    config = Config()
+    validation = held_out_problems("validation", config.eval_problems, config)
+    lines = [f"- pass@64, validation: {pass_at_64(policy, tokenizer, validation):.1%}"]
+    for split in ("validation", "test"):
+        problems = held_out_problems(split, config.eval_problems, config)
+        accuracies = evaluate(policy, tokenizer, make_prompt(config), problems, config, seed=0)
+        lines.append(f"- accuracy, {split}: {describe(accuracies)}")
+    return "\n".join(lines)
+
+
 def model_card(measured: str, steps: int, seed: int, minutes: float) -> str:
     every = all_problems()
     lucky = sum(demonstrations(p)[0] == demonstrations(p)[1] for p in every) / len(every)
@@ -237,17 +249,10 @@ def main() -> None:
     pretrain(model, tokenizer, args.steps)
     minutes = (time.perf_counter() - started) / 60
 
-    policy, config = Policy(model), Config()
-    validation = held_out_problems("validation", config.eval_problems, config)
-    lines = [f"- pass@64, validation: {pass_at_64(policy, tokenizer, validation):.1%}"]
-    for split in ("validation", "test"):
-        problems = held_out_problems(split, config.eval_problems, config)
-        accuracies = evaluate(policy, tokenizer, make_prompt(config), problems, config, 0)
-        lines.append(f"- accuracy, {split}: {describe(accuracies)}")
-    measured = "\n".join(lines)
+    measured = measure(Policy(model), tokenizer)
     print(measured)
     card = model_card(measured, args.steps, args.seed, minutes)
-    write_model(policy.model, tokenizer, make_prompt(config), args.output_dir, card)
+    write_model(model, tokenizer, make_prompt(Config()), args.output_dir, card)
 
 
 if __name__ == "__main__":
