@@ -184,7 +184,7 @@ def training_problems(count: int, rng: random.Random, config: Config) -> list[Pr
 
 def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
     """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
-    width = config.max_operand - config.min_operand + 1
+    width = max(0, config.max_operand - config.min_operand + 1)
     total = 9 * width**3
     problems = []
     # One in twenty is of the split wanted, so forty times `count` hold enough of them, and a wide

@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import TINY, run_script
 
-from cli import UserError
+import inference
+import plot_metrics
+import train_grpo
+from cli import UserError, exit_code
 from train_grpo import EXAMPLES, PRESETS, Config, parse_config
 
 RECIPE = {
@@ -67,15 +70,15 @@ def test_worked_examples_are_training_problems():
         "no such estimator": (["--kl_estimator", "k4"], "k4"),
         "group of one": (["--num_generations", "1"], "--num_generations 1: must be at least 2"),
         "no problem": (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        "negative rate": (["--learning_rate", "-1e-6"], "--learning_rate -1e-06"),
+        "negative rate": (["--learning_rate", "-0.5"], "--learning_rate -0.5"),
         "rate is NaN": (["--learning_rate", "nan"], "--learning_rate nan"),
         "infinite beta": (["--beta", "inf"], "--beta inf"),
         "clips all": (["--epsilon", "1.5"], "--epsilon 1.5: must be at least 0 and at most 1"),
         "negative seed": (["--seed", "-1"], "--seed -1"),
         "too many examples": (["--num_examples", "4"], "--num_examples 4"),
         "operands too large": (["--max_operand", "1000"], "--max_operand 1000"),
-        "range upside down": (["--min_operand", "5", "--max_operand", "4"], "--min_operand 5"),
-        "range of one": (["--min_operand", "3", "--max_operand", "3"], "widen"),
+        "range upside down": (["--min_operand", "5", "--max_operand", "3"], "--min_operand 5"),
+        "range of one": (["--min_operand", "2", "--max_operand", "2"], "widen"),
         "uneven micro-batches": (["--micro_batch_size", "3"], "--micro_batch_size 3"),
     }.values(),
 )
@@ -85,41 +88,62 @@ def test_a_value_that_cannot_work_is_named_with_what_is_allowed(flags, complaint
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    {
-        "setting": (["train_grpo.py", "--num_generations", "1"], "--num_generations 1"),
-        "missing folder": (["train_grpo.py", "--model_name", "no/such/model"], "no/such/model"),
-        "empty folder": (["train_grpo.py", "--model_name", "empty"], "config.json"),
-        "no such device": (["train_grpo.py", "--device", "warp"], "--device warp"),
-        "absent device": (["train_grpo.py", "--device", "mps"], "--device mps"),
-        "output is a file": (["train_grpo.py", "--output_dir", "file/out"], "file/out"),
-        "missing metrics": (["plot_metrics.py", "none.json"], "none.json"),
-        "truncated metrics": (["plot_metrics.py", "cut.json"], "cut.json"),
-        "foreign metrics": (["plot_metrics.py", "foreign.json"], "foreign.json"),
-        "foreign list": (["plot_metrics.py", "list.json"], "list.json"),
-        "no such model": (["inference.py", "--model", "nowhere", "What is 1?"], "nowhere"),
-        "no sample": (["inference.py", "--num_samples", "0", "What is 1?"], "--num_samples 0"),
-        "cold majority": (
-            ["inference.py", "--num_samples", "2", "--temperature", "0", "What is 1?"],
-            "--temperature 0",
-        ),
-        "reserved token": (["inference.py", "--model", str(TINY), "<|end|>"], "<|end|>"),
-        "empty question": (["inference.py", "--model", str(TINY), " "], "empty"),
-    }.values(),
-)
-def test_bad_input_gets_one_line_and_exit_code_2_and_changes_no_file(
-    arguments, complaint, tmp_path
-):
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    """The current folder, with files that no script can use."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("a file, not a folder")
     (tmp_path / "cut.json").write_text('{"config": {"seed": 0}, "iterations": [{"rew')
     (tmp_path / "foreign.json").write_text(json.dumps({"iterations": [{"loss": 1}]}))
     (tmp_path / "list.json").write_text("[1, 2]")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    result = run_script(*arguments, cwd=tmp_path)
-    assert result.returncode == 2, result
-    lines = result.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    {
+        "setting": ([train_grpo, "--num_generations", "1"], "--num_generations 1"),
+        "missing folder": ([train_grpo, "--model_name", "no/such/model"], "no/such/model"),
+        "empty folder": ([train_grpo, "--model_name", "empty"], "config.json"),
+        "no such device": ([train_grpo, "--device", "warp"], "--device warp"),
+        "absent device": ([train_grpo, "--device", "mps"], "--device mps"),
+        "output is a file": ([train_grpo, "--output_dir", "file/out"], "file/out"),
+        "missing metrics": ([plot_metrics, "none.json"], "none.json"),
+        "truncated metrics": ([plot_metrics, "cut.json"], "cut.json"),
+        "foreign metrics": ([plot_metrics, "foreign.json"], "foreign.json"),
+        "foreign list": ([plot_metrics, "list.json"], "list.json"),
+        "no such model": ([inference, "--model", "nowhere", "What is 1?"], "nowhere"),
+        "no sample": ([inference, "--num_samples", "0", "What is 1?"], "--num_samples 0"),
+        "cold majority": (
+            [inference, "--num_samples", "2", "--temperature", "0", "What is 1?"],
+            "--temperature 0",
+        ),
+        "reserved token": ([inference, "--model", str(TINY), "<|end|>"], "<|end|>"),
+        "empty question": ([inference, "--model", str(TINY), " "], "empty"),
+    }.values(),
+)
+def test_bad_input_gets_one_line_and_exit_code_2_and_changes_no_file(
+    arguments, complaint, bad_files, capsys
+):
+    before = {path: path.read_bytes() for path in bad_files.rglob("*") if path.is_file()}
+    script, *flags = arguments
+    assert exit_code(lambda: script.main(flags)) == 2
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) <= 2  # inference.py first says which model it took
     assert lines[-1].startswith("error: ") and complaint in lines[-1]
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in bad_files.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train_grpo.py", "--num_generations", "1"],
+        ["plot_metrics.py", "cut.json"],
+        ["inference.py", "--model", "nowhere", "What is 1?"],
+    ],
+)
+def test_each_script_exits_with_code_2_and_one_line(arguments, bad_files):
+    result = run_script(*arguments, cwd=bad_files)
+    assert result.returncode == 2
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
