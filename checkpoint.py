@@ -1,37 +1,54 @@
-"""What keeps a run safe and teaches nothing about GRPO: atomic files, whole folders, Ctrl-C.
+"""What keeps a run safe and teaches nothing about GRPO: whole files, checkpoints, lock, signals.
 
-Whatever kills the process, a reader of `output_dir` finds each file either as it was or as it was
-meant to become, never half of it.
+Whatever kills the process, a reader of `output_dir` finds each file and each folder either as it
+was or as it was meant to become, never half of it: new content is written beside, forced to the
+disk, and renamed into place.
 """
 
+import fcntl
+import hashlib
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cli import UserError
 
+METRICS_FILE = "grpo_metrics.json"
+CHECKPOINTS = "checkpoints"
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new one: beside, sync, rename."""
+
+def sync(path: Path) -> None:
+    """Force what a file or folder holds onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old or the new one."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content)
+        sync(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write strictly valid JSON: NaN and infinities, which JSON does not have, become null."""
-    write_text(path, json.dumps(finite(content), allow_nan=False, indent=1))
+    write_bytes(path, json.dumps(finite(content), allow_nan=False, indent=1).encode())
 
 
 def finite(value):
@@ -65,14 +82,40 @@ def prepare_output_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = f"cannot be written ({getattr(error, 'strerror', error)}); choose another folder"
+        raise UserError(f"--output_dir {path} {reason}") from error
+
+
+@contextmanager
+def run_folder(path: Path) -> Iterator[None]:
+    """Hold `path` for one run; a disk that fails meanwhile becomes a UserError.
+
+    The lock is the operating system's, so a dead run leaves none behind, only the empty file.
+    """
+    prepare_output_dir(path)
+    try:
+        with open(path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another run is writing to {path.resolve()}; wait for it, or choose another"
+                    " --output_dir"
+                ) from error
+            yield
+    except (OSError, SafetensorError) as error:  # the latter's text holds what the system said
+        place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise UserError(
-            f"--output_dir {path} cannot be written ({error.strerror}); choose another folder"
+            f"cannot write {place or path}: {reason or error}. What was complete in {path} is as"
+            " it was: put this right, then go on with --resume"
         ) from error
 
 
 def replace_folder(new: Path, target: Path) -> None:
     """Put the finished folder `new` in place of `target`: two renames, the old one deleted last."""
+    for path in (*new.iterdir(), new):
+        sync(path)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if (target / ".gitkeep").exists():
@@ -80,31 +123,107 @@ def replace_folder(new: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     new.rename(target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def describe_environment(device) -> dict:
-    """What a reader of the metrics needs to repeat a run: command, versions, machine, commit."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def checkpoints_in(output: Path) -> list[Path]:
+    """The folders checkpoints/<iteration>/ of a run, oldest first."""
+    found = [path for path in (output / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def save_checkpoint(state, output: Path) -> None:
+    """Write checkpoints/<iteration>/ with all that `state` (a TrainState) holds; keep the last two.
+
+    No pickle: tensors go to safetensors, the rest to JSON, whose floats lose no bit.
+    """
+    root, iteration = output / CHECKPOINTS, len(state.metrics["iterations"])
+    root.mkdir(exist_ok=True)  # but not `output`: where that was deleted, the run must not go on
+    for left_over in root.glob("*.tmp"):
+        shutil.rmtree(left_over)
+    tensors = {f"policy.{n}": p.detach() for n, p in state.policy.named_parameters()}
+    for index, slots in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+    tensors["sampler"] = state.sampler.get_state()
+    rest = {"problems": state.problems.getstate(), "metrics": state.metrics}
+    beside = root / f"{iteration}.tmp"
+    beside.mkdir()
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "git_commit": commit or None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
-        "platform": platform.platform(),
-        "device": str(device),
-        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-    }
+        save_file(tensors, beside / TENSORS)
+        (beside / STATE).write_text(json.dumps(rest), encoding="utf-8")
+        sums = {name: sha256(beside / name) for name in (TENSORS, STATE)}
+        (beside / MANIFEST).write_text(json.dumps({"sha256": sums}), encoding="utf-8")
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+    except (OSError, SafetensorError):
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    # Numbered like this one or beyond: damaged, or of a finished run that this one replaces.
+    discard([path for path in checkpoints_in(output) if int(path.name) >= iteration])
+    beside.rename(root / str(iteration))
+    sync(root)
+    discard(checkpoints_in(output)[:-2])
+
+
+def discard(folders: list[Path]) -> None:
+    """Delete checkpoints, renamed first, so that none is ever half there."""
+    for folder in folders:
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checkpoint(output: Path) -> tuple[dict, dict] | None:
+    """(tensors by name, the rest) of the newest whole checkpoint, None if there is no checkpoint.
+
+    A damaged one is passed over with a word; where all are damaged, UserError.
+    """
+    folders = checkpoints_in(output)[::-1]
+    for folder in folders:
+        try:
+            sums = read_json(folder / MANIFEST).get("sha256")
+            if sums != {name: sha256(folder / name) for name in (TENSORS, STATE)}:
+                raise UserError("its checksums do not match")
+            return load_file(folder / TENSORS), read_json(folder / STATE)
+        except (UserError, OSError, SafetensorError) as error:
+            print(f"checkpoint {folder} is damaged, trying the one before it: {error}")
+    if folders:
+        raise UserError(f"--resume: no checkpoint in {output / CHECKPOINTS} is whole")
+    return None
+
+
+def restore(state, tensors: dict, rest: dict) -> None:
+    """Put a checkpoint back into `state`, in place, or raise UserError if it does not fit."""
+    try:
+        slots: dict[int, dict] = {}
+        parameters = dict(state.policy.named_parameters())
+        for name, p in parameters.items():
+            if tensors[f"policy.{name}"].shape != p.shape:
+                raise ValueError(f"{name} has another shape")
+            p.data.copy_(tensors[f"policy.{name}"])
+        for index, p in enumerate(parameters.values()):
+            for slot, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
+                if f"optimizer.{index}.{slot}" in tensors:  # none before the first update
+                    value = tensors[f"optimizer.{index}.{slot}"].reshape(shape)
+                    slots.setdefault(index, {})[slot] = value.clone()
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        state.sampler.set_state(tensors["sampler"])
+        kind, numbers, gauss = rest["problems"]
+        state.problems.setstate((kind, tuple(numbers), gauss))
+        state.metrics.update(rest["metrics"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume: the checkpoint is not one of this run's: {error}") from error
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish that the loop reads; a second one kills.
+    """Turns the first SIGINT or SIGTERM into a wish that the loop reads; then Ctrl-C kills.
 
+    A further SIGTERM changes nothing: schedulers send it to a process and to its group.
     `with StopRequest() as stop: ...; if stop.signal: ...`; `stop.exit_code` is 128 + the signal.
     """
 
@@ -118,9 +237,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr)
+        self.signal = self.signal or number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr)
+
+    @property
+    def reason(self) -> tuple[str, str] | None:
+        return ("interrupted", signal.Signals(self.signal).name) if self.signal else None
 
     @property
     def exit_code(self) -> int:

@@ -1,7 +1,9 @@
 """Settings from the command line: a dataclass whose fields carry their help and their range."""
 
+import argparse
 import dataclasses
 import sys
+import unicodedata
 from collections.abc import Callable
 
 from transformers import HfArgumentParser
@@ -18,6 +20,23 @@ def exit_code(main: Callable[[], int]) -> int:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists every setting)")
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise UserError if `text` holds what no person types: control characters, half a character.
+
+    Tab and newline are text.
+    """
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n":
+            raise UserError(f"{what} holds the control character {character!r}; leave it out")
 
 
 class Range(str):
@@ -52,9 +71,11 @@ def make_parser(config_class: type, description: str) -> HfArgumentParser:
 
 
 def check_ranges(config) -> None:
-    """Raise UserError for the first field of a dataclass that lies outside its range."""
+    """Raise UserError for the first field of a dataclass that is out of its range or no text."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata.get("metavar")
+        if isinstance(value, str):
+            check_text(f"--{field.name}", value)
         if allowed is not None and value not in allowed:
             bounds = f"at least {allowed.low}"
             bounds += "" if allowed.high is None else f" and at most {allowed.high}"

@@ -16,10 +16,11 @@ import torch
 import transformers
 
 from checkpoint import read_json
-from cli import UserError, exit_code
+from cli import Parser, UserError, check_text, exit_code
 from policy import (
     PROMPT_FILE,
     Policy,
+    check_length,
     choose_device,
     choose_preset,
     encode_prompts,
@@ -30,6 +31,7 @@ from rewards import parse_completion
 from train_grpo import PRESETS, Config, make_prompt, rollout
 
 BATCH = 64  # completions decoded at a time
+LONGEST = 4000  # characters of a question
 
 
 def read_prompt(name: str) -> dict:
@@ -46,6 +48,8 @@ def read_prompt(name: str) -> dict:
         and all(isinstance(e, list) and [type(t) for t in e] == [str, str] for e in examples)
     ):
         raise UserError(f"{folder / PROMPT_FILE} does not hold a system line and examples")
+    for text in (prompt["system"], *(text for example in examples for text in example)):
+        check_text(str(folder / PROMPT_FILE), text)
     return prompt
 
 
@@ -54,6 +58,9 @@ def ask(
 ) -> list[list[str]]:
     """Return `samples` completions for each question, decoded in batches."""
     for question in questions:
+        check_text("the question", question)
+        if len(question) > LONGEST:
+            raise UserError(f"the question has {len(question)} characters; {LONGEST} at most")
         for token in tokenizer.all_special_tokens:
             if token in question:
                 raise UserError(f"the question holds {token}, which this model reserves; reword it")
@@ -61,6 +68,7 @@ def ask(
     for start in range(0, len(questions), step):
         part = questions[start : start + step]
         prompts = encode_prompts(tokenizer, part, prompt, policy.model.device)
+        check_length(policy.model, prompts[0], Config.max_new_tokens)
         texts = rollout(
             policy, tokenizer, prompts, samples, Config.max_new_tokens, temperature=temperature
         ).texts
@@ -76,7 +84,7 @@ def most_common_answer(completions: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -116,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy, prompt = Policy(model, dtype), read_prompt(name)
 
-    lines = [args.question] if args.question is not None else sys.stdin.read().splitlines()
+    try:
+        lines = [args.question] if args.question is not None else sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not text in UTF-8") from error
     questions = [line.strip() for line in lines]
     if args.question is not None and not questions[0]:
         raise UserError("the question is empty")

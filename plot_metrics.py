@@ -8,6 +8,7 @@ file, or into --output_dir (with several files, by default the current folder).
 """
 
 import argparse
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -19,11 +20,10 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from checkpoint import prepare_output_dir, read_json
-from cli import UserError, exit_code
+from checkpoint import METRICS_FILE, prepare_output_dir, read_json, write_bytes
+from cli import Parser, UserError, exit_code
 from rewards import describe
 
-METRICS_FILE = "grpo_metrics.json"
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,15 +36,25 @@ def read_metrics(path: Path) -> dict:
     try:
         history, evaluations = metrics["iterations"], metrics["evaluations"]
         for name in ("reward", "accuracy", "kl", "kl_penalty"):
-            np.array([m[name] for m in history], dtype=float)
+            check_numbers([m[name] for m in history])
         for e in evaluations:
-            for a in e["accuracies"].values():
-                np.array([e["iteration"], a["accuracy"], a["low"], a["high"]], dtype=float)
+            check_numbers([e["iteration"], e.get("off_task", {}).get("kl")])
+            if e["split"] not in ("validation", "test"):
+                raise ValueError(f"split {e['split']}")
+            for kind in ("sampled", "greedy"):
+                check_numbers([e["accuracies"][kind][n] for n in ("accuracy", "low", "high")])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a metrics file of train_grpo.py") from error
     if not history:
         raise UserError(f"{path} holds no iteration yet; train a little longer")
     return metrics
+
+
+def check_numbers(values: list) -> None:
+    """Raise ValueError unless each is a number that can be drawn, or null (it was not finite)."""
+    for value in values:
+        if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):
+            raise ValueError(f"{value!r} is no number")
 
 
 def series(metrics: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +86,8 @@ def draw_evaluations(axes, metrics: dict, kind: str, colour: str, marker: str, l
         return
     x = [iteration for iteration, _ in points]
     y = np.array([a["accuracy"] for _, a in points])
-    below = y - [a["low"] for _, a in points]
-    above = [a["high"] for _, a in points] - y
+    below = np.maximum(y - [a["low"] for _, a in points], 0)  # up to rounding
+    above = np.maximum([a["high"] for _, a in points] - y, 0)
     style = {"fmt": marker, "color": colour, "markersize": 4.5, "capsize": 2, "linewidth": 1}
     axes.errorbar(x, y, yerr=[below, above], label=label, **style)
 
@@ -87,14 +97,50 @@ def draw_one_curve(reward, accuracy, metrics: dict) -> None:
     draw_series(accuracy, metrics, "accuracy", COLOURS[0], "training, sampled", faint=True)
     for kind, colour, marker in (("sampled", COLOURS[2], "o"), ("greedy", COLOURS[1], "s")):
         draw_evaluations(accuracy, metrics, kind, colour, marker, f"validation, {kind}")
-    base = metrics["evaluations"][0]["accuracies"]["sampled"]["accuracy"]
-    accuracy.axhline(base, color="0.35", linestyle="--", linewidth=1, label="base model, sampled")
+    for e in metrics["evaluations"][:1]:
+        base = e["accuracies"]["sampled"]["accuracy"]
+        accuracy.axhline(base, color="0.35", linestyle="--", linewidth=1, label="base, sampled")
+    if type(metrics.get("best_iteration")) is int:
+        style = {"color": COLOURS[6], "linestyle": ":", "linewidth": 1}
+        accuracy.axvline(metrics["best_iteration"], label="saved policy", **style)
+
+
+def draw_watched(axes, metrics: dict) -> None:
+    """Draw what shows reward hacking and forgetting, as far as the metrics have it."""
+    history = metrics["iterations"]
+    names = {
+        "entropy": "entropy (nats per token)",
+        "wrong_in_tags": "share with tags, not exact",
+        "cut_off": "share cut off",
+    }
+    for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
+        if all(type(m.get(name)) is float for m in history):
+            draw_series(axes, metrics, name, colour, label, faint=True)
+    draw_off_task(axes, metrics, "accuracy", COLOURS[3], "accuracy off the task")
+    axes.set(xlabel="iteration", ylabel="share, or nats per token")
+    axes.set_ylim(bottom=0)
+
+
+def draw_off_task(axes, metrics: dict, name: str, colour: str, label: str) -> None:
+    """Draw a figure of evaluate_off_task, where the evaluations have it."""
+    points = [(e["iteration"], e.get("off_task", {}).get(name)) for e in metrics["evaluations"]]
+    points = [point for point in points if type(point[1]) is float]
+    if points:
+        axes.plot(*zip(*points, strict=True), "D", color=colour, markersize=4, label=label)
+
+
+def save_figure(figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    write_bytes(path, picture.getvalue())
 
 
 def draw(paths: list[Path], output: Path) -> None:
     """Draw the metrics files `paths` into `output`: one run in full, or several overlaid."""
     runs = [read_metrics(path) for path in paths]
-    labels = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
+    names = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
+    labels = [name.replace("$", r"\$") for name in names]  # a pair would be taken for a formula
     prepare_output_dir(output)
     style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
     with plt.rc_context(style):
@@ -111,10 +157,20 @@ def draw(paths: list[Path], output: Path) -> None:
         accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
         reward.legend(loc="lower right")
         accuracy.legend(loc="lower right")
-        figure.savefig(output / PLOT_FILES[0], dpi=120)
-        plt.close(figure)
+        if len(runs) == 1 and runs[0].get("stop_reason"):
+            ending = f"{runs[0].get('status')}: {runs[0]['stop_reason']}"
+            figure.suptitle(ending[:120], fontsize=10, parse_math=False)
+        save_figure(figure, output / PLOT_FILES[0])
 
-        figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+        panels = 2 if len(runs) == 1 else 1
+        figure, all_axes = plt.subplots(
+            1, panels, figsize=(10, 4), layout="constrained", squeeze=False
+        )
+        axes = all_axes[0, 0]
+        if len(runs) == 1:
+            draw_off_task(axes, runs[0], "kl", COLOURS[3], "kl off the task")
+            draw_watched(all_axes[0, 1], runs[0])
+            all_axes[0, 1].legend(loc="upper right")
         for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
             prefix = f"{label}, " if len(runs) > 1 else ""
             names = ("kl", "kl_penalty") if len(runs) == 1 else ("kl",)
@@ -126,39 +182,48 @@ def draw(paths: list[Path], output: Path) -> None:
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left")
-        figure.savefig(output / PLOT_FILES[1], dpi=120)
-        plt.close(figure)
+        save_figure(figure, output / PLOT_FILES[1])
 
 
 def print_summary(metrics: dict, output: Path) -> None:
     """Print what came of a run, where its files are and what to do next."""
-    history = metrics["iterations"]
+    history, reason = metrics["iterations"], metrics["stop_reason"]
     tests = [describe(e["accuracies"]) for e in metrics["evaluations"] if e["split"] == "test"]
     kl = [m["kl"] for m in history]
-    saved = output / "saved_model"
+    saved, best = output / "saved_model", metrics["best_iteration"]
     choice = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
-    print(f"\n{metrics['status']} after {len(history)} iterations")
+    print(f"\n{metrics['status']} after {len(history)} iterations: {reason}")
     print(f"test accuracy before  {tests[0]}")
-    print(f"test accuracy after   {tests[1] if len(tests) > 1 else 'not measured'}")
+    print(f"test accuracy after   {tests[-1] if len(tests) > 1 else 'not measured'}")
     print(f"kl                    {fmean(kl[-100:]):.3f} at the end, at most {max(kl):.3f}")
     print(f"time and memory       {metrics['seconds']:.0f} s, {metrics['peak_memory_mib']:.0f} MiB")
     print(
         f"files                 {', '.join(str(output / f) for f in (METRICS_FILE, *PLOT_FILES))}"
     )
-    print(f"                      {saved}")
+    print(
+        f"                      {saved}: the policy after iteration {best}, the best on validation"
+    )
+    if metrics["status"] == "interrupted":
+        print(f"to go on              {metrics['environment']['command']} --resume")
+    if metrics["status"] == "failed":
+        print(
+            "hint                  start anew with a smaller --learning_rate or --clip_grad_norm,"
+        )
+        print("                      in another --output_dir; the checkpoint is from before this")
     print(f'next                  python inference.py {choice}"What is (4 - 9) * 6?"')
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=[Path(METRICS_FILE)])
     parser.add_argument("--output_dir", type=Path, help="where the pictures go")
     args = parser.parse_args(argv)
     alone = args.files[0].parent if len(args.files) == 1 else Path(".")
     output = args.output_dir or alone
-    draw(args.files, output)
+    try:
+        draw(args.files, output)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from error
     print("wrote " + " and ".join(str(output / name) for name in PLOT_FILES))
     return 0
 

@@ -4,8 +4,15 @@ Training, asking and the bundled model's script share it; the algorithm is in tr
 """
 
 import copy
+import os
+import platform
 import resource
+import shlex
+import shutil
+import subprocess
 import sys
+import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
@@ -14,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from checkpoint import write_json
+from checkpoint import replace_folder, write_json
 from cli import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +47,33 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         peak["peak_cuda_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
     return peak
+
+
+def describe_environment(device: torch.device) -> dict:
+    """What a reader of the metrics needs to repeat a run: command, versions, machine, commit."""
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "git_commit": commit or None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
+        "platform": platform.platform(),
+        "device": device.type,
+        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A checksum of a model's weights."""
+    total = 0
+    for p in model.parameters():
+        total = zlib.crc32(p.detach().cpu().contiguous().numpy(), total)
+    return total
 
 
 def model_folder(name: str) -> Path | None:
@@ -93,14 +127,24 @@ def load_model(name: str, device: torch.device):
     source = str(folder or name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        end_token_ids(model, tokenizer)  # raises if there is none
+    except Exception as error:  # the files are foreign: there is nothing that they cannot cause
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {name} cannot be loaded: {reason}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"model {name} has no chat template; use an instruction-tuned model")
+    if loading["missing_keys"]:  # which transformers would make up
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"model {name}: its files lack weights: {missing}, ...")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"model {name}: the tokenizer is another model's, with more tokens")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
@@ -110,7 +154,10 @@ def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
     """Every token that ends a completion: a model may name one or several, else the tokenizer's."""
     ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
-    return ids if isinstance(ids, list) else [ids]
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) for token in ids):
+        raise UserError(f"the model names no token that ends an answer, but {ids}")
+    return ids
 
 
 def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tuple[Tensor, Tensor]:
@@ -122,14 +169,11 @@ def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tup
     for question, answer in prompt["examples"]:
         opening.append({"role": "user", "content": question})
         opening.append({"role": "assistant", "content": answer})
-    texts = [
-        tokenizer.apply_chat_template(
-            [*opening, {"role": "user", "content": question}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
+    chats = [[*opening, {"role": "user", "content": question}] for question in questions]
+    try:
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is foreign code, run in a sandbox
+        raise UserError(f"the model's chat template fails: {error}") from error
     batch = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -219,6 +263,14 @@ def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor)
         )
 
 
+def check_length(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> None:
+    """Raise UserError if prompts (B, P) and what follows are longer than the model can read."""
+    length = prompt_ids.shape[1] + new_tokens
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    if length > limit:
+        raise UserError(f"prompt and answer need {length} tokens; this model reads {limit}")
+
+
 def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: str) -> None:
     """Write a model that plain `from_pretrained` loads, how to ask it, and its card."""
     model = copy.copy(model)  # shallow: the weights are shared, the generation config is not
@@ -229,10 +281,23 @@ def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: s
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=model.config.bos_token_id,
     )
+    folder.mkdir(exist_ok=True)  # without parents: save_pretrained would bring back a deleted one
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / PROMPT_FILE, prompt)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_model(model: nn.Module, tokenizer, prompt: dict, output: Path, metrics: dict) -> None:
+    """Put a trained model in place of output/saved_model, whole or not at all."""
+    beside = output / "saved_model.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        write_model(model, tokenizer, prompt, beside, model_card(metrics))
+        replace_folder(beside, output / "saved_model")
+    except (OSError, SafetensorError):
+        shutil.rmtree(beside, ignore_errors=True)  # on a full disk, half a model is in the way
+        raise
 
 
 def model_card(metrics: dict) -> str:
@@ -245,6 +310,9 @@ def model_card(metrics: dict) -> str:
         for kind, a in e["accuracies"].items()
     ]
     measured = "\n".join(rows)
+    best = metrics["best_iteration"]
+    moved = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best]
+    off_task = f"on prompts off the task its answers lie {moved[-1]:.2g} nats per token from them."
     recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items())
     return f"""---
 base_model: {config["model_name"]}
@@ -253,8 +321,9 @@ tags: [grpo, arithmetic]
 # {config["model_name"]} after GRPO on arithmetic
 
 Answers `What is (a op1 b) op2 c?` with `<answer>N</answer>`, for operands {config["min_operand"]}
-to {config["max_operand"]} and the operators + - *. Trained for {len(metrics["iterations"])}
-iterations by `train_grpo.py` from {config["model_name"]}; {PROMPT_FILE} holds the system line and
+to {config["max_operand"]} and the operators + - *. Trained by `train_grpo.py` from
+{config["model_name"]}: the policy after iteration {best}, the best by
+validation accuracy of {len(metrics["iterations"])} so far. {PROMPT_FILE} holds the system line and
 the worked examples that it was asked with.
 
 ## Measured on held-out test problems
@@ -265,7 +334,7 @@ Sampled is at temperature 1, one sample per problem.
 |---|---|---|---|
 {measured}
 
-Nothing but this task was measured; other skills of the base model may have been lost.
+Other skills of the base model may have been lost: {off_task}
 
 ## Recipe
 

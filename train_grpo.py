@@ -18,11 +18,9 @@ Where it departs from the paper:
 
 import copy
 import math
-import operator
 import random
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,30 +32,30 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import plot_metrics
-from checkpoint import (
-    StopRequest,
-    describe_environment,
-    prepare_output_dir,
-    replace_folder,
-    write_json,
+from bookkeeping import (
+    Bookkeeper,
+    begin,
+    best_iteration,
+    finished_already,
+    new_metrics,
+    off_task_questions,
+    reason_to_stop,
 )
+from checkpoint import StopRequest, run_folder
 from cli import UserError, check_ranges, exit_code, make_parser, setting
-from plot_metrics import METRICS_FILE, print_summary
 from policy import (
     Policy,
+    check_length,
     check_shared_prefix,
     choose_device,
     choose_preset,
     encode_prompts,
     end_token_ids,
     load_model,
-    model_card,
-    peak_memory,
     token_logprobs,
-    write_model,
 )
 from rewards import describe, score, summarise
+from task import EXAMPLES, Problem, held_out_problems, training_problems
 
 
 @dataclass
@@ -68,7 +66,8 @@ class Config:
         "auto", "named set of overrides; auto takes the largest model that this machine can train"
     )
     model_name: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "folder or hub id of a chat model")
-    output_dir: str = setting(".", "folder for metrics, plots and saved_model/")
+    output_dir: str = setting(".", "folder for metrics, plots, checkpoints/ and saved_model/")
+    resume: bool = setting(False, "go on from the newest checkpoint in output_dir")
     seed: int = setting(0, "seeds the training problems and the sampling", 0, 2**32 - 1)
     device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -93,9 +92,12 @@ class Config:
     kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
     micro_batch_size: int = setting(0, "completions per backward pass, to save memory; 0 is all", 0)
-    # Evaluation
+    # Evaluating, keeping, stopping
     eval_every: int = setting(200, "iterations between evaluations on validation; 0 is none", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1)
+    checkpoint_every: int = setting(0, "iterations between checkpoints; 0 is 25 and 2 minutes", 0)
+    patience: int = setting(0, "stop after so many evaluations without a clear gain; 0 is never", 0)
+    max_kl: float = setting(0, "stop when the last 50 iterations' mean kl is above; 0 is never", 0)
 
 
 PRESETS: dict[str, dict] = {
@@ -128,74 +130,10 @@ def parse_config(argv: list[str]) -> Config:
     if micro and micro % group and group % micro:
         raise UserError(f"--micro_batch_size {micro}: must divide or be a multiple of {group}")
     if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
-        raise UserError(
-            f"--min_operand {config.min_operand} --max_operand {config.max_operand}: too few"
-            " problems to train on some and hold out others; widen the range"
-        )
+        low, high = config.min_operand, config.max_operand
+        raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
     print(f"preset {preset}: {reason}")
     return config
-
-
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """(a op1 b) op2 c"""
-
-    a: int
-    op1: str
-    b: int
-    op2: str
-    c: int
-
-    @property
-    def question(self) -> str:
-        return f"What is ({self.a} {self.op1} {self.b}) {self.op2} {self.c}?"
-
-    @property
-    def answer(self) -> int:
-        return OPERATORS[self.op2](OPERATORS[self.op1](self.a, self.b), self.c)
-
-    @property
-    def split(self) -> str:
-        """train (90%), validation (5%) or test (5%), by a hash that no seed or process changes.
-
-        Commutative operands are sorted first: (3 + 4) * 5 and (4 + 3) * 5 are one problem.
-        """
-        a, b = (self.a, self.b) if self.op1 == "-" else sorted((self.a, self.b))
-        bucket = zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode()) % 20
-        return {0: "test", 1: "validation"}.get(bucket, "train")
-
-
-# Worked examples for the prompt, all of them training problems.
-EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(9, "-", 2, "-", 5), Problem(6, "*", 2, "+", 8)]
-
-
-def training_problems(count: int, rng: random.Random, config: Config) -> list[Problem]:
-    """Draw `count` problems of the training split, with replacement."""
-    problems: list[Problem] = []
-    while len(problems) < count:
-        a, b, c = (rng.randint(config.min_operand, config.max_operand) for _ in range(3))
-        problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
-        problems += [problem] if problem.split == "train" else []
-    return problems
-
-
-def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
-    """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
-    width = max(0, config.max_operand - config.min_operand + 1)
-    total = 9 * width**3
-    problems = []
-    # One in twenty is of the split wanted, so forty times `count` hold enough of them, and a wide
-    # range need not be enumerated.
-    for index in random.Random(0).sample(range(total), min(total, 40 * count + 1000)):
-        digits = [index // width**i % width + config.min_operand for i in range(3)]
-        op1, op2 = divmod(index // width**3, 3)
-        problem = Problem(digits[0], "+-*"[op1], digits[1], "+-*"[op2], digits[2])
-        if problem.split == split and len(problems) < count:
-            problems.append(problem)
-    return problems
 
 
 def make_prompt(config: Config) -> dict:
@@ -346,10 +284,13 @@ def update_policy(
     advantages: Tensor,
     config: Config,
 ) -> dict[str, float]:
-    """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics."""
+    """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics.
+
+    An update whose loss or gradient is not finite is skipped: it would ruin every weight.
+    """
     count, mask = len(advantages), batch.mask
     old_logprobs, ref_logprobs = torch.empty_like(mask), torch.empty_like(mask)  # (B*G, T)
-    updates = []
+    updates, made = [], []
     for update in range(config.num_inner_updates):
         stats = dict.fromkeys(("loss", "kl", "kl_penalty", "clip_fraction"), 0.0)
         for some, rows in micro_batches(count, config.num_generations, config.micro_batch_size):
@@ -367,14 +308,17 @@ def update_policy(
             (loss * share).backward()
             stats = {name: total + share * piece[name] for name, total in stats.items()}
         norm = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
         updates.append({**stats, "grad_norm": norm.item()})
+        if math.isfinite(stats["loss"]) and math.isfinite(norm):
+            optimizer.step()
+            made.append(updates[-1])
+        optimizer.zero_grad()
     # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
     kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
-    means = {n: fmean(u[n] for u in updates) for n in ("loss", "clip_fraction", "grad_norm")}
+    some = made or updates
+    means = {n: fmean(u[n] for u in some) for n in ("loss", "clip_fraction", "grad_norm")}
     gap = ((old_logprobs - batch.logprobs) * mask).abs().max().item()
-    return {**kl, **means, "sampling_gap": gap}
+    return {**kl, **means, "skipped_updates": len(updates) - len(made), "sampling_gap": gap}
 
 
 def evaluate(
@@ -400,9 +344,29 @@ def evaluate(
     return results
 
 
+@torch.no_grad()
+def evaluate_off_task(
+    policy: Policy, reference: Policy, tokenizer, prompt: dict, config: Config, seed: int
+) -> dict[str, float]:
+    """What training does to the policy where it is not trained: is anything being forgotten?
+
+    Of sampled answers to fixed questions off the task: `kl` from the reference, per token, and
+    `accuracy` where there is a right answer.
+    """
+    questions, prompt = off_task_questions(config, prompt)
+    generator = torch.Generator(policy.model.device).manual_seed(seed)
+    prompts = encode_prompts(tokenizer, list(questions), prompt, policy.model.device)
+    done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, generator)
+    inputs = *prompts, done.completion_ids
+    kl = completion_mean(kl_term(policy(*inputs), reference(*inputs), "k3"), done.mask).item()
+    answers = zip(done.texts, questions.values(), strict=True)
+    right = [score(text, answer).exact for text, answer in answers if answer is not None]
+    return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
+
+
 @dataclass
 class TrainState:
-    """Everything that outlives an iteration."""
+    """Everything that outlives an iteration, which a checkpoint saves whole."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -426,12 +390,18 @@ def train_iteration(
     updates = update_policy(
         state.policy, reference, state.optimizer, batch, advantages.to(device), config
     )
+    with_tags, exact = parts[:, 0] > 0, parts[:, 2] > 0  # (B*G,)
+    ends = torch.tensor(end_token_ids(state.policy.model, tokenizer), device=device)
     by_part = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
     return {
         "reward": rewards.mean().item(),
         **{f"reward_{name}": value for name, value in by_part},
-        "accuracy": (parts[:, 2] > 0).float().mean().item(),
+        "accuracy": exact.float().mean().item(),
         **updates,
+        # Estimated from the samples themselves: the mean of -log p, per token.
+        "entropy": completion_mean(-batch.logprobs, batch.mask).item(),
+        "wrong_in_tags": (with_tags & ~exact).float().mean().item(),
+        "cut_off": (~torch.isin(batch.completion_ids, ends).any(1)).float().mean().item(),
         "completion_length": batch.mask.sum(dim=1).mean().item(),
         "groups_without_signal": (advantages.view(-1, group) == 0).all(1).float().mean().item(),
         "seconds": time.perf_counter() - started,
@@ -439,67 +409,83 @@ def train_iteration(
 
 
 def train(config: Config, stop: StopRequest) -> int:
-    """Run a whole training and leave its files in config.output_dir. Returns the exit code."""
-    started = written = time.monotonic()
-    output, device = Path(config.output_dir), choose_device(config.device)
-    prepare_output_dir(output)
+    """Run or resume a training and leave its files in config.output_dir. Returns the exit code."""
+    if config.resume and finished_already(config):
+        return 0
+    device = choose_device(config.device)
     model, tokenizer = load_model(config.model_name, device)
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
+    questions = [problem.question for problem in held_out_problems("validation", 4, config)]
+    prompts = encode_prompts(tokenizer, questions, make_prompt(config), device)
+    check_length(model, prompts[0], config.max_new_tokens)
+    check_shared_prefix(policy, *prompts)
+    with run_folder(Path(config.output_dir)):
+        return train_in_folder(config, policy, tokenizer, stop)
+
+
+def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest) -> int:
+    """`train`, once the policy has proved fit and output_dir is held for this run."""
+    model, device, prompt = policy.model, policy.model.device, make_prompt(config)
     # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
     # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
     reference = copy.deepcopy(policy)
-    prompt = make_prompt(config)
-    splits = "validation", "test"
-    held_out = {s: held_out_problems(s, config.eval_problems, config) for s in splits}
-    questions = [problem.question for problem in held_out["validation"][:4]]
-    check_shared_prefix(policy, *encode_prompts(tokenizer, questions, prompt, device))
-    history, evaluations = [], []
-    metrics = {
-        "config": asdict(config),
-        "environment": describe_environment(device),
-        "status": "running",
-        "iterations": history,
-        "evaluations": evaluations,
-    }
+    count = config.eval_problems
+    held_out = {s: held_out_problems(s, count, config) for s in ("validation", "test")}
     # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     sampler = torch.Generator(device).manual_seed(config.seed)
+    metrics = new_metrics(config, model)
     state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics)
+    begin(state, config)
+    history, evaluations = metrics["iterations"], metrics["evaluations"]
+    books = Bookkeeper(state, config, tokenizer, prompt)
     print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     print(f"{model.num_parameters():,} parameters on {device}, computing in {policy.compute_dtype}")
 
-    def measure(split: str) -> None:
-        seed = 1_000_003 * (config.seed + 1) + len(history)
-        accuracies = evaluate(policy, tokenizer, prompt, held_out[split], config, seed)
-        evaluations.append({"iteration": len(history), "split": split, "accuracies": accuracies})
-        tqdm.write(f"iteration {len(history):>5}, {split}: {describe(accuracies)}")
+    def measure(split: str, some: Policy, iteration: int) -> None:
+        seed = 1_000_003 * (config.seed + 1) + iteration
+        accuracies = evaluate(some, tokenizer, prompt, held_out[split], config, seed)
+        off_task = evaluate_off_task(some, reference, tokenizer, prompt, config, seed)
+        found = {"accuracies": accuracies, "off_task": off_task}
+        evaluations.append({"iteration": iteration, "split": split, **found})
+        metrics["best_iteration"] = best_iteration(metrics)
+        tqdm.write(f"iteration {iteration:>5}, {split}: {describe(accuracies)}")
 
-    measure("test")
-    measure("validation")
-    with tqdm(total=config.num_iterations, unit="it", dynamic_ncols=True) as bar:
-        while len(history) < config.num_iterations and not stop.signal:
-            history.append(train_iteration(state, reference, tokenizer, prompt, config))
-            recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
-            bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
-            bar.update()
-            if config.eval_every and len(history) % config.eval_every == 0:
-                measure("validation")
-            if len(history) % 25 == 0 or time.monotonic() - written > 120:
-                write_json(output / METRICS_FILE, metrics)
-                written = time.monotonic()
-    if not history:
-        return stop.exit_code  # nothing was learned: an earlier run's files stay as they are
-    if not stop.signal:
-        measure("test")
-    metrics["status"] = "interrupted" if stop.signal else "finished"
-    metrics |= {"seconds": time.monotonic() - started, **peak_memory(device)}
-    write_model(model, tokenizer, prompt, output / "saved_model.tmp", model_card(metrics))
-    replace_folder(output / "saved_model.tmp", output / "saved_model")
-    write_json(output / METRICS_FILE, metrics)
-    plot_metrics.draw([output / METRICS_FILE], output)
-    print_summary(metrics, output)
-    return stop.exit_code
+    def example() -> tuple[str, str]:
+        question = held_out["validation"][0].question
+        inputs = encode_prompts(tokenizer, [question], prompt, device)
+        return question, rollout(policy, tokenizer, inputs, 1, config.max_new_tokens).texts[0]
+
+    for split in () if history else ("test", "validation"):
+        if not stop.signal:
+            measure(split, policy, 0)
+    bar = tqdm(total=config.num_iterations, initial=len(history), unit="it", dynamic_ncols=True)
+    while True:
+        due = config.eval_every and len(history) % config.eval_every == 0
+        if due and not stop.signal and evaluations[-1]["iteration"] < len(history):
+            measure("validation", policy, len(history))
+        books.keep_best()
+        ending = stop.reason or reason_to_stop(metrics, config)
+        if ending:
+            break
+        history.append(train_iteration(state, reference, tokenizer, prompt, config))
+        recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
+        bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
+        bar.update()
+        books.after_iteration(example)
+    bar.close()
+    if not history:  # nothing was learned: an earlier run's files stay as they are
+        return stop.exit_code
+    if ending[0] != "failed":
+        books.checkpoint()
+    if ending[0] == "finished" and evaluations[-1]["iteration"] < len(history):
+        measure("validation", policy, len(history))
+    best = books.best_policy(reference)
+    if ending[0] == "finished":
+        measure("test", best, metrics["best_iteration"])
+    books.finish(ending, best)
+    return {"finished": 0, "failed": 1}.get(ending[0], stop.exit_code)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,6 +29,10 @@ PER_ITERATION = {
     "loss",
     "clip_fraction",
     "grad_norm",
+    "skipped_updates",
+    "entropy",
+    "wrong_in_tags",
+    "cut_off",
     "completion_length",
     "groups_without_signal",
     "sampling_gap",
@@ -67,7 +71,8 @@ def test_the_metrics_hold_everything_and_are_strict_json(run):
         ("test", 0),
         ("validation", 0),
         ("validation", 2),
-        ("test", 3),
+        ("validation", 3),
+        ("test", metrics["best_iteration"]),
     ]
 
 
@@ -121,7 +126,9 @@ def test_the_model_card_gives_base_task_recipe_and_what_was_measured(run):
     card = (run[1] / "saved_model" / "README.md").read_text()
     assert "base_model: tiny_model" in card and "(a op1 b) op2 c" in card
     assert "| learning_rate |" in card
-    assert "| 0 | sampled |" in card and "| 3 | greedy |" in card
+    best = strict_json(run[1] / "grpo_metrics.json")["best_iteration"]
+    assert "| 0 | sampled |" in card and f"| {best} | greedy |" in card
+    assert f"the policy after iteration {best}" in card
 
 
 def test_micro_batches_learn_the_same(tmp_path):

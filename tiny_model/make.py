@@ -24,15 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from policy import Policy, encode_prompts, write_model
 from rewards import describe, score
-from train_grpo import (
-    OPERATORS,
-    Config,
-    Problem,
-    evaluate,
-    held_out_problems,
-    make_prompt,
-    rollout,
-)
+from task import OPERATORS, Problem, held_out_problems
+from train_grpo import Config, evaluate, make_prompt, rollout
 
 HABITS = {
     "right": 0.15,
