@@ -72,7 +72,9 @@ def draw_series(axes, metrics: dict, name: str, colour: str, label: str, faint: 
     x = np.arange(1, len(raw) + 1)
     if faint:
         axes.plot(x, raw, color=colour, alpha=0.2, linewidth=0.7)
-    axes.plot(x, smooth, color=colour, linewidth=1.8, label=label)
+    # Dashed, as with k3 the penalty is the published estimator and would hide it.
+    line = "--" if name == "kl_penalty" else "-"
+    axes.plot(x, smooth, line, color=colour, linewidth=1.8, label=label)
 
 
 def draw_evaluations(axes, metrics: dict, kind: str, colour: str, marker: str, label: str) -> None:
@@ -180,6 +182,7 @@ def draw(paths: list[Path], output: Path) -> None:
                 draw_series(axes, run, name, colour, prefix + meaning, faint=len(runs) == 1)
         axes.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper left")
         save_figure(figure, output / PLOT_FILES[1])
