@@ -109,7 +109,7 @@ PRESETS: dict[str, dict] = {
     "tiny": {
         "model_name": "tiny_model",
         "learning_rate": 2e-5,
-        "batch_size": 8,
+        "batch_size": 6,
         "num_generations": 16,
         "num_inner_updates": 2,
         "kl_estimator": "k3",
