@@ -4,6 +4,7 @@ Training, asking and the bundled model's script share it; the algorithm is in tr
 """
 
 import copy
+import math
 import os
 import platform
 import resource
@@ -246,20 +247,25 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-    """Raise UserError unless sharing prompts (B, P) gives what whole sequences give."""
-    ids, mask = (t.repeat_interleave(2, dim=0) for t in (prompt_ids, prompt_mask))  # (2*B, P)
-    completion_ids = ids[:, -4:].flip(1)  # any tokens will do
-    ids = torch.cat([ids, completion_ids], dim=1)  # (2*B, P+4)
-    mask = torch.cat([mask, torch.ones_like(completion_ids)], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    with torch.no_grad():
-        whole = policy.logits(ids, mask, positions, None, keep=5)[:, :-1]
-        shared = policy(prompt_ids, prompt_mask, completion_ids)
-    gap = (shared - token_logprobs(whole, completion_ids)).abs().max().item()
+    """Raise UserError unless sharing prompts (B, P) gives what whole unpadded sequences give."""
+    completion_ids = prompt_ids[:, -4:].flip(1)  # (B, 4): any tokens will do
+    try:
+        with torch.no_grad():
+            shared = policy(prompt_ids, prompt_mask, completion_ids.repeat_interleave(2, dim=0))
+            whole = []
+            for row, mask, completion in zip(prompt_ids, prompt_mask, completion_ids, strict=True):
+                ids = torch.cat([row[mask == 1], completion])[None]
+                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+                logits = policy.logits(ids, torch.ones_like(ids), positions, None, keep=5)[:, :-1]
+                whole += 2 * [token_logprobs(logits, completion[None])]
+        gap = (shared - torch.cat(whole)).abs().max().item()
+        problem = f"changes its log-probabilities by {gap:.2g}"
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        gap, problem = math.inf, f"fails ({str(error).splitlines()[0]})"
     if not gap < (1e-3 if policy.compute_dtype == torch.float32 else 0.5):
         raise UserError(
             f"a model of type {policy.model.config.model_type} cannot be trained here: sharing the"
-            f" encoded prompt changes its log-probabilities by {gap:.2g}; choose another model"
+            f" encoded prompt {problem}; choose another model"
         )
 
 
