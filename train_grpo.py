@@ -226,7 +226,6 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     pi_ref), where chi2 = E[pi_theta / pi_ref] - 1.
     As a loss, on-policy, `k3` has the expected gradient of KL(pi_ref || pi_theta) and `k3_inverse`
     that of chi2 / 2, which punishes tokens that the reference finds unlikely far harder.
-
     Beyond d = 20 the exponential continues by its tangent: finite in float32, and still pulling
     back, where clamping d would let go just when the policy has strayed furthest.
     """

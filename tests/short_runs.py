@@ -1,0 +1,47 @@
+"""Short trainings of the bundled model, whole: `train_grpo.train` with little to do."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+from conftest import TINY
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train_grpo
+from checkpoint import StopRequest, read_json
+from train_grpo import Config
+
+
+def short_config(folder: Path, **settings) -> Config:
+    few = {
+        "num_iterations": 3,
+        "num_inner_updates": 2,
+        "batch_size": 2,
+        "num_generations": 4,
+        "max_new_tokens": 8,
+        "eval_problems": 4,
+        "learning_rate": 1e-4,
+    }
+    place = {"model_name": str(TINY), "device": "cpu", "output_dir": str(folder)}
+    return Config(**{**place, **few, **settings})
+
+
+def short_training(folder: Path, **settings) -> tuple[dict, dict[str, Tensor]]:
+    """Returns what the metrics file holds after a few iterations, and the weights of the policy.
+
+    Not those of saved_model/, which are the best policy's, and that may be the one it began with.
+    """
+    real, states = train_grpo.train_iteration, []
+
+    def spy(state, *rest):
+        states.append(state)
+        return real(state, *rest)
+
+    with patch.object(train_grpo, "train_iteration", spy), StopRequest() as stop:
+        assert train_grpo.train(short_config(folder, **settings), stop) == 0
+    weights = states[-1].policy.model.state_dict()
+    return read_json(folder / "grpo_metrics.json"), {n: w.clone() for n, w in weights.items()}
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")

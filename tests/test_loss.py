@@ -1,0 +1,176 @@
+"""The loss: equal to TRL's, and to equation 3 of DeepSeekMath written in loops over floats."""
+
+import math
+from collections import defaultdict
+from statistics import fmean
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from train_grpo import Config, completion_mean, grpo_loss
+
+LENGTHS = (1, 7, 4, 7, 2, 5, 7, 3)
+# Old minus new, as ratios: below, inside and above 0.8 .. 1.2, and where nothing has moved.
+RATIOS = (0.5, 0.79, 0.9, 1.0, 1.1, 1.21, 2.0)
+
+
+def make_case() -> dict[str, torch.Tensor]:
+    """Float64 inputs in which every ratio meets advantages of both signs, and 0."""
+    generator = torch.Generator().manual_seed(0)
+    rows, steps = len(LENGTHS), max(LENGTHS)
+    logprobs = -3 * torch.rand(rows, steps, generator=generator, dtype=torch.float64) - 0.1
+    ratio = torch.tensor([[RATIOS[(r + t) % 7] for t in range(steps)] for r in range(rows)])
+    noise = torch.randn(rows, steps, generator=generator, dtype=torch.float64)
+    case = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs - ratio.double().log(),
+        "ref_logprobs": logprobs + noise,
+        "advantages": torch.tensor([1.3, -0.7, 0.9, -1.1, -0.4, 0.0, 2.0, 0.5]).double(),
+        "mask": torch.tensor([[float(t < n) for t in range(steps)] for n in LENGTHS]).double(),
+    }
+    met = {
+        (round(ratio[r, t].item(), 2), math.copysign(1, case["advantages"][r]))
+        for r in range(rows)
+        for t in range(LENGTHS[r])
+    }
+    assert met == {(x, sign) for x in RATIOS for sign in (1, -1)}
+    return case
+
+
+def loss_and_gradient(loss_of, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a function of the log-probabilities, and its gradient in them."""
+    logprobs = case["logprobs"].clone().requires_grad_(True)
+    loss = loss_of(logprobs)
+    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+
+
+def ours(case: dict, config: Config):
+    def loss_of(logprobs):
+        return grpo_loss(
+            logprobs,
+            case["old_logprobs"],
+            case["ref_logprobs"],
+            case["advantages"],
+            case["mask"],
+            config,
+        )[0]
+
+    return loss_and_gradient(loss_of, case)
+
+
+def trl_loss(case: dict, config: Config):
+    """GRPOTrainer._compute_loss of these very log-probabilities: no model, no set-up."""
+    trainer_module = pytest.importorskip(
+        "trl.trainer.grpo_trainer",
+        reason="TRL is absent; requirements-dev.txt names it",
+        exc_type=ImportError,
+    )
+
+    def loss_of(logprobs):
+        trainer = object.__new__(trainer_module.GRPOTrainer)
+        vars(trainer).update(
+            _get_per_token_logps_and_entropies=lambda *_, **__: (
+                logprobs,
+                torch.zeros_like(logprobs),
+                None,
+            ),
+            _entropy_bonus_enabled=False,
+            _metrics={"train": defaultdict(list)},
+            accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+            args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+            aux_loss_enabled=False,
+            beta=config.beta,
+            current_gradient_accumulation_steps=1,
+            epsilon_high=config.epsilon,
+            epsilon_low=config.epsilon,
+            importance_sampling_level="token",
+            loss_type="grpo",
+            model=SimpleNamespace(training=True),
+            off_policy_mask_threshold=None,
+            top_entropy_quantile=1.0,
+            use_vllm=False,
+        )
+        ids = torch.zeros(logprobs.shape, dtype=torch.long)
+        inputs = {
+            "prompt_ids": ids,
+            "prompt_mask": ids,
+            "completion_ids": ids,
+            "completion_mask": case["mask"],
+            "advantages": case["advantages"],
+            "old_per_token_logps": case["old_logprobs"],
+            "ref_per_token_logps": case["ref_logprobs"],
+        }
+        return trainer._compute_loss(None, inputs)
+
+    return loss_and_gradient(loss_of, case)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
+@pytest.mark.parametrize("epsilon", [0.2, 0.05])
+def test_loss_and_gradient_equal_those_of_trl(beta, epsilon):
+    case, config = make_case(), Config(kl_estimator="k3", beta=beta, epsilon=epsilon)
+    (loss, gradient), (its_loss, its_gradient) = ours(case, config), trl_loss(case, config)
+    torch.testing.assert_close(loss, its_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-12)
+    assert gradient.abs().max() > 0.01
+
+
+def equation_3(case: dict, config: Config) -> tuple[float, list[list[float]], dict]:
+    """Loss, gradient in each log-probability and metrics, one float at a time."""
+    new, old, ref = (case[n].tolist() for n in ("logprobs", "old_logprobs", "ref_logprobs"))
+    rows, steps = case["mask"].shape
+    low, high = 1 - config.epsilon, 1 + config.epsilon
+    gradient = [[0.0] * steps for _ in range(rows)]
+    means = defaultdict(list)
+    for i, advantage in enumerate(case["advantages"].tolist()):
+        length = int(sum(case["mask"][i].tolist()))
+        parts = defaultdict(list)
+        for t in range(length):
+            ratio = math.exp(new[i][t] - old[i][t])
+            held = (advantage > 0 and ratio > high) or (advantage < 0 and ratio < low)
+            surrogate = advantage * (min(max(ratio, low), high) if held else ratio)
+            d = ref[i][t] - new[i][t]
+            k3, inverse = math.exp(d) - d - 1, math.exp(-d) + d - 1
+            published = config.kl_estimator == "k3"
+            penalty, slope = (k3, 1 - math.exp(d)) if published else (inverse, math.exp(-d) - 1)
+            parts["loss"].append(config.beta * penalty - surrogate)
+            parts["kl"].append(k3)
+            parts["kl_penalty"].append(penalty)
+            parts["clip_fraction"].append(float(held))
+            policy_slope = 0.0 if held else advantage * ratio
+            gradient[i][t] = (config.beta * slope - policy_slope) / length / rows
+        for name, values in parts.items():
+            means[name].append(fmean(values))
+    stats = {name: fmean(values) for name, values in means.items()}
+    return stats["loss"], gradient, stats
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k3_inverse"])
+@pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
+def test_loss_gradient_and_metrics_equal_equation_3_in_loops(beta, estimator):
+    case, config = make_case(), Config(kl_estimator=estimator, beta=beta)
+    expected_loss, expected_gradient, expected_stats = equation_3(case, config)
+    loss, gradient = ours(case, config)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-9)
+    expected_gradient = torch.tensor(expected_gradient, dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+    _, stats = grpo_loss(**case, config=config)
+    assert stats == pytest.approx(expected_stats, rel=1e-6)
+    assert stats["clip_fraction"] > 0
+
+
+def test_every_completion_weighs_the_same_whatever_its_length():
+    values = torch.tensor([[2.0, 99.0, 99.0], [4.0, 5.0, 6.0]])
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert completion_mean(values, mask).item() == (2 + 5) / 2
+
+
+def test_tokens_after_the_end_weigh_nothing():
+    case, config = make_case(), Config()
+    loss, gradient = ours(case, config)
+    over = case["mask"] == 0
+    assert (gradient[over] == 0).all() and (gradient[~over] != 0).any()
+    for name in ("logprobs", "old_logprobs", "ref_logprobs"):
+        case[name] = case[name].masked_fill(over, -5.0)
+    assert torch.equal(ours(case, config)[0], loss)

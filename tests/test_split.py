@@ -1,0 +1,149 @@
+"""No problem that is evaluated is ever trained on: by draw, by demonstration, or by example."""
+
+import importlib.util
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from train_grpo import EXAMPLES, Config, Problem, held_out_problems, training_problems
+
+COMMUTATIVE = {"+": True, "*": True, "-": False}
+
+
+def every_problem(low: int = 0, high: int = 10) -> list[Problem]:
+    numbers = range(low, high + 1)
+    return [
+        Problem(a, op1, b, op2, c)
+        for a, b, c in itertools.product(numbers, repeat=3)
+        for op1, op2 in itertools.product("+-*", repeat=2)
+    ]
+
+
+def with_swaps(problems) -> set[Problem]:
+    """The problems, and each again with its commutative operands swapped."""
+    swapped = {Problem(p.b, p.op1, p.a, p.op2, p.c) for p in problems if COMMUTATIVE[p.op1]}
+    return set(problems) | swapped
+
+
+def all_held_out(config: Config) -> set[Problem]:
+    return {p for split in ("validation", "test") for p in held_out_problems(split, 10**6, config)}
+
+
+def crc32(data: bytes) -> int:
+    """CRC-32 as the standard words it, one bit at a time."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = (register >> 1) ^ (0xEDB88320 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_drawn_training_problem_is_held_out_nor_is_its_swap(seed):
+    config = Config()
+    forbidden = with_swaps(all_held_out(config))
+    drawn = training_problems(50_000, random.Random(seed), config)
+    assert len(drawn) == 50_000
+    assert with_swaps(drawn).isdisjoint(forbidden)
+    # Rare problems aside, everything else is drawn: nothing is lost between the splits.
+    rest = set(every_problem()) - forbidden
+    assert set(drawn) <= rest and len(set(drawn)) > 0.95 * len(rest)
+
+
+def test_validation_and_test_share_no_problem_nor_a_swap():
+    validation, test = (held_out_problems(s, 10**6, Config()) for s in ("validation", "test"))
+    assert with_swaps(validation).isdisjoint(with_swaps(test))
+    assert len(set(validation)) == len(validation) and len(set(test)) == len(test)
+    assert with_swaps(validation) == set(validation) and with_swaps(test) == set(test)
+
+
+def test_split_is_the_remainder_of_a_crc_of_the_sorted_expression():
+    for problem in every_problem():
+        operands = [problem.a, problem.b]
+        if COMMUTATIVE[problem.op1]:
+            operands.sort()
+        text = f"({operands[0]} {problem.op1} {operands[1]}) {problem.op2} {problem.c}"
+        expected = {0: "test", 1: "validation"}.get(crc32(text.encode("ascii")) % 20, "train")
+        assert problem.split == expected, problem
+
+
+def test_split_is_ninety_five_five():
+    problems = every_problem(-10, 10)
+    for split, share in (("train", 0.90), ("validation", 0.05), ("test", 0.05)):
+        measured = sum(problem.split == split for problem in problems) / len(problems)
+        assert measured == pytest.approx(share, abs=0.005)
+
+
+def test_a_commutative_swap_stays_in_its_split():
+    for problem in every_problem():
+        swapped = Problem(problem.b, problem.op1, problem.a, problem.op2, problem.c)
+        assert not COMMUTATIVE[problem.op1] or swapped.split == problem.split
+        assert not COMMUTATIVE[problem.op1] or swapped.answer == problem.answer
+
+
+def test_held_out_problems_do_not_depend_on_the_seed():
+    for split in ("validation", "test"):
+        expected = held_out_problems(split, 100, Config(seed=0))
+        random.seed(7)
+        assert held_out_problems(split, 100, Config(seed=7)) == expected
+        assert len(set(expected)) == 100 and {p.split for p in expected} == {split}
+        assert held_out_problems(split, 40, Config()) == expected[:40]
+
+
+def some_problems() -> list[tuple[str, str]]:
+    """What a run trains on and is evaluated on: (question, split) of each."""
+    problems = training_problems(500, random.Random(0), Config())
+    problems += held_out_problems("validation", 99, Config())
+    problems += held_out_problems("test", 99, Config())
+    return [(problem.question, problem.split) for problem in problems]
+
+
+def test_split_does_not_depend_on_the_hash_seed_of_python():
+    other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-c", "from test_split import some_problems; print(some_problems())"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": other, "PYTHONPATH": os.pathsep.join((".", "tests"))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(some_problems()), done.stderr
+
+
+def test_worked_examples_are_training_problems():
+    assert EXAMPLES and with_swaps(EXAMPLES).isdisjoint(with_swaps(all_held_out(Config())))
+
+
+class Demonstrated(Exception):
+    """Raised in place of the first step of pre-training, with its questions."""
+
+
+def test_the_bundled_model_was_shown_no_held_out_problem(tiny, monkeypatch):
+    path = ROOT / "tiny_model" / "make.py"
+    spec = importlib.util.spec_from_file_location("make_tiny_model", path)
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+
+    def stop_at_the_first_step(policy, data, rows):
+        raise Demonstrated(data)
+
+    monkeypatch.setattr(make, "encode_problems", lambda tokenizer, questions, answers: questions)
+    monkeypatch.setattr(make, "mixture_loss", stop_at_the_first_step)
+    with pytest.raises(Demonstrated) as caught:
+        make.pretrain(make.make_model(111), tiny[1], steps=1)
+    [questions] = caught.value.args
+    pattern = re.compile(r"What is \((-?\d+) ([+*-]) (-?\d+)\) ([+*-]) (-?\d+)\?")
+    found = [pattern.fullmatch(question) for question in questions]
+    shown = [Problem(int(m[1]), m[2], int(m[3]), m[4], int(m[5])) for m in found if m]
+    others = [question for question, match in zip(questions, found, strict=True) if not match]
+    assert all(re.fullmatch(r"What is \d+ \+ \d+\?", question) for question in others)
+    assert len(shown) > 10_000 and torch.is_grad_enabled()
+    assert with_swaps(shown).isdisjoint(with_swaps(all_held_out(Config())))
