@@ -140,10 +140,10 @@ def test_signal_is_missed_only_where_every_group_lacks_it():
 
 
 def test_entropy_cut_off_answers_and_empty_promises_are_in_the_metrics(tmp_path, monkeypatch):
-    metrics = run(tmp_path, monkeypatch, "--num_iterations", 2, "--max_new_tokens", 3)
+    metrics = run(tmp_path, monkeypatch, "--num_iterations", 2, "--max_new_tokens", 1)
     for iteration in metrics["iterations"]:
         assert iteration["entropy"] > 0
-        assert iteration["cut_off"] == 1  # three tokens hold no whole answer
+        assert iteration["cut_off"] == 1  # one token holds no whole answer
         assert iteration["wrong_in_tags"] == 0
 
 
