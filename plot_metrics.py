@@ -36,9 +36,10 @@ def read_metrics(path: Path) -> dict:
     try:
         history, evaluations = metrics["iterations"], metrics["evaluations"]
         for name in ("reward", "accuracy", "kl", "kl_penalty"):
-            check_numbers([m[name] for m in history])
+            check_numbers([m[name] for m in history if m[name] is not None])  # not finite
         for e in evaluations:
-            check_numbers([e["iteration"], e.get("off_task", {}).get("kl")])
+            off_task = [value for value in e.get("off_task", {}).values() if value is not None]
+            check_numbers([e["iteration"], *off_task])
             if e["split"] not in ("validation", "test"):
                 raise ValueError(f"split {e['split']}")
             for kind in ("sampled", "greedy"):
@@ -51,9 +52,9 @@ def read_metrics(path: Path) -> dict:
 
 
 def check_numbers(values: list) -> None:
-    """Raise ValueError unless each is a number that can be drawn, or null (it was not finite)."""
+    """Raise ValueError unless each is a number that can be drawn."""
     for value in values:
-        if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):
+        if type(value) not in (int, float) or not abs(value) < 1e30:
             raise ValueError(f"{value!r} is no number")
 
 

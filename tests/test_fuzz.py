@@ -185,6 +185,7 @@ BAD_METRICS = st.one_of(
     JUNK.map(lambda junk: json.dumps(junk).encode()),
     st.integers(0, len(json.dumps(SOUND)) - 1).map(lambda n: json.dumps(SOUND)[:n].encode()),
     st.tuples(st.sampled_from(SPOTS), NO_NUMBERS).map(lambda t: broken(*t).encode()),
+    st.sampled_from(SPOTS[2:]).map(lambda spot: broken(spot, None).encode()),
     st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xef\xbb\xbf{}"]),
 )
 
