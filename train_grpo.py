@@ -461,20 +461,20 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
         if not stop.signal:
             measure(split, policy, 0)
     bar = tqdm(total=config.num_iterations, initial=len(history), unit="it", dynamic_ncols=True)
-    while True:
-        due = config.eval_every and len(history) % config.eval_every == 0
-        if due and not stop.signal and evaluations[-1]["iteration"] < len(history):
-            measure("validation", policy, len(history))
-        books.keep_best()
-        ending = stop.reason or reason_to_stop(metrics, config)
-        if ending:
-            break
-        history.append(train_iteration(state, reference, tokenizer, prompt, config))
-        recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
-        bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
-        bar.update()
-        books.after_iteration(example)
-    bar.close()
+    with bar:  # closed on errors too, which are then told on a line of their own
+        while True:
+            due = config.eval_every and len(history) % config.eval_every == 0
+            if due and not stop.signal and evaluations[-1]["iteration"] < len(history):
+                measure("validation", policy, len(history))
+            books.keep_best()
+            ending = stop.reason or reason_to_stop(metrics, config)
+            if ending:
+                break
+            history.append(train_iteration(state, reference, tokenizer, prompt, config))
+            recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
+            bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
+            bar.update()
+            books.after_iteration(example)
     if not history:  # nothing was learned: an earlier run's files stay as they are
         return stop.exit_code
     if ending[0] != "failed":
