@@ -173,7 +173,7 @@ def draw(paths: list[Path], output: Path) -> None:
         if len(runs) == 1:
             draw_off_task(axes, runs[0], "kl", COLOURS[3], "kl off the task")
             draw_watched(all_axes[0, 1], runs[0])
-            all_axes[0, 1].legend(loc="upper right")
+            all_axes[0, 1].legend(loc="center right")
         for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
             prefix = f"{label}, " if len(runs) > 1 else ""
             names = ("kl", "kl_penalty") if len(runs) == 1 else ("kl",)
