@@ -39,7 +39,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_valid_files(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     process = start(folder, *ENDLESS, "--num_inner_updates", 200)  # iterations of seconds
-    wait_until(lambda: newest(folder) >= 1, process)
+    wait_until((folder / METRICS_FILE).exists, process)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "Ctrl-C to stop at once" in printed(folder), process)
     process.send_signal(signal.SIGINT)
