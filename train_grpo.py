@@ -104,8 +104,8 @@ PRESETS: dict[str, dict] = {
     "reference": {},
     # Zero-shot it never writes the tags, so nothing could be rewarded; three worked examples do it.
     "smollm2": {"model_name": "models/SmolLM2-135M-Instruct", "num_examples": 3},
-    # So small a model takes, and needs, far larger steps, and so larger batches. k3, since giving
-    # up a habit altogether costs little by it, where k3_inverse has a heavy tail.
+    # So small a model takes, and needs, far larger steps, and so larger batches. k3, since
+    # k3_inverse explodes on tokens that only training has made likely.
     "tiny": {
         "model_name": "tiny_model",
         "learning_rate": 2e-5,
