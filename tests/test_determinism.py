@@ -31,6 +31,7 @@ def test_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(tmp_path):
     assert any(not torch.equal(weight, weights[n]) for n, weight in saved_weights(TINY).items())
 
 
+@pytest.mark.slow
 def test_processes_with_different_hash_seeds_agree_bit_for_bit(tmp_path, monkeypatch):
     settings = ["--preset", "tiny", "--device", "cpu", "--num_iterations", "2"]
     settings += ["--num_inner_updates", "2", "--batch_size", "2", "--eval_problems", "4"]

@@ -12,7 +12,13 @@ from plot_metrics import PLOT_FILES, WINDOW, draw, series
 
 def write_run(path, iterations=120, level=0.5):
     history = [
-        {"reward": level, "accuracy": level * i / iterations, "kl": 0.01 * i, "kl_penalty": i}
+        {
+            "reward": level,
+            "accuracy": level * i / iterations,
+            "kl": 0.01 * i,
+            "kl_penalty": i,
+            "entropy": 1.0,
+        }
         for i in range(iterations)
     ]
     accuracies = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from inference import read_prompt
 from plot_metrics import PLOT_FILES
 from policy import Policy, encode_prompts, load_model, write_model
-from train_grpo import held_out_problems, parse_config, rollout
+from train_grpo import held_out_problems, main, parse_config, rollout
 
 SHORT = ["--preset", "tiny", "--num_iterations", "3", "--eval_problems", "16"]
 PER_ITERATION = {
@@ -132,17 +132,16 @@ def test_the_model_card_gives_base_task_recipe_and_what_was_measured(run):
 
 
 def test_micro_batches_learn_the_same(tmp_path):
-    rewards = {}
+    learned = {}
     for size in ("0", "2", "16"):
-        output = tmp_path / size
         flags = ["--batch_size", "2", "--num_generations", "8", "--micro_batch_size", size]
-        result = run_script("train_grpo.py", *SHORT, *flags, "--output_dir", output, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        rewards[size] = [
+        output = tmp_path / size
+        assert main([*SHORT, *flags, "--output_dir", str(output)]) == 0
+        learned[size] = [
             (m["reward"], pytest.approx(m["loss"], abs=1e-4), pytest.approx(m["kl"], abs=1e-4))
             for m in strict_json(output / "grpo_metrics.json")["iterations"]
         ]
-    assert rewards["0"] == rewards["2"] == rewards["16"]
+    assert learned["0"] == learned["2"] == learned["16"]
 
 
 def test_the_reference_preset_trains_a_model_of_its_architecture(tmp_path, tiny):
