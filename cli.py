@@ -1,6 +1,5 @@
 """Settings from the command line: a dataclass whose fields carry their help and their range."""
 
-import argparse
 import dataclasses
 import sys
 import unicodedata
@@ -22,8 +21,8 @@ def exit_code(main: Callable[[], int]) -> int:
         return 2
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are UserErrors."""
+class Parser(HfArgumentParser):
+    """A parser, of a dataclass or of arguments added by hand, whose complaints are UserErrors."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists every setting)")
@@ -57,17 +56,6 @@ def setting(default, text: str, low=None, high=None):
     if low is not None:
         metadata["metavar"] = Range(low, high)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def make_parser(config_class: type, description: str) -> HfArgumentParser:
-    """A parser of the fields of `config_class` whose complaints are UserErrors."""
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
-
-    def complain(message: str):
-        raise UserError(f"{message} (--help lists every setting)")
-
-    parser.error = complain
-    return parser
 
 
 def check_ranges(config) -> None:

@@ -42,7 +42,7 @@ from bookkeeping import (
     reason_to_stop,
 )
 from checkpoint import StopRequest, run_folder
-from cli import UserError, check_ranges, exit_code, make_parser, setting
+from cli import Parser, UserError, check_ranges, exit_code, setting
 from policy import (
     Policy,
     check_length,
@@ -95,7 +95,7 @@ class Config:
     # Evaluating, keeping, stopping
     eval_every: int = setting(200, "iterations between evaluations on validation; 0 is none", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1)
-    checkpoint_every: int = setting(0, "iterations between checkpoints; 0 is 25 and 2 minutes", 0)
+    checkpoint_every: int = setting(0, "iterations per checkpoint; 0: 25 or 2 min, the longer", 0)
     patience: int = setting(0, "stop after so many evaluations without a clear gain; 0 is never", 0)
     max_kl: float = setting(0, "stop when the last 50 iterations' mean kl is above; 0 is never", 0)
 
@@ -119,7 +119,7 @@ PRESETS: dict[str, dict] = {
 
 def parse_config(argv: list[str]) -> Config:
     """Read the command line: flags beat the preset, the preset beats the defaults."""
-    parser = make_parser(Config, __doc__.split("\n")[0])
+    parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
         preset, reason = choose_preset(PRESETS, Config.model_name)
