@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from cli import UserError
 
 HERE = Path(__file__).resolve().parent
 PROMPT_FILE = "grpo_prompt.json"
+WORTH_A_PASS = 128  # tokens that a pass over the common beginning must save
 
 
 def choose_device(name: str) -> torch.device:
@@ -181,6 +183,20 @@ def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tup
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
+@dataclass
+class Context:
+    """What a model has read so far, of N sequences: all that it needs to read on."""
+
+    weights: dict[str, Tensor]  # what it computes with, where those are not its own
+    cache: DynamicCache
+    mask: Tensor  # (N, S): 1 on real tokens
+
+    def repeat(self, count: int) -> None:
+        """Repeat each sequence `count` times, in place."""
+        self.cache.batch_repeat_interleave(count)
+        self.mask = self.mask.repeat_interleave(count, dim=0)
+
+
 class Policy(nn.Module):
     """A causal language model as GRPO sees it: completions in, their log-probabilities out.
 
@@ -192,6 +208,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()  # no dropout: the ratio compares two passes over the same tokens
         self.compute_dtype = compute_dtype
+        if compute_dtype == torch.bfloat16 and model.device.type == "cpu":
+            # There PyTorch's fused attention takes twice the time, forward and backward.
+            model.set_attn_implementation("eager")
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
         """Return the log-probability of each completion token given all that stands before it.
@@ -199,46 +218,71 @@ class Policy(nn.Module):
         prompt_ids, prompt_mask: (B, P); completion_ids: (B*G, T), group after group.
         Returns (B*G, T) float32.
         """
-        logits, cache = self.encode(prompt_ids, prompt_mask, len(completion_ids) // len(prompt_ids))
+        group = len(completion_ids) // len(prompt_ids)
+        logits, context = self.encode(prompt_ids, prompt_mask, group)
         if completion_ids.shape[1] > 1:
-            rest = self.extend(completion_ids[:, :-1], prompt_mask, cache)
+            rest = self.read(completion_ids[:, :-1], context)
             logits = torch.cat([logits, rest], dim=1)  # (B*G, T, V)
         return token_logprobs(logits, completion_ids)
 
-    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor, group: int):
-        """Read prompts (B, P). Returns (logits (B*G, 1, V) of the first new token, cache)."""
-        # Counted over real tokens, so that left padding does not shift a prompt's positions.
-        positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, P)
-        cache = DynamicCache()
-        logits = self.logits(prompt_ids, prompt_mask, positions, cache, keep=1)
-        cache.batch_repeat_interleave(group)
-        return logits.repeat_interleave(group, dim=0), cache
+    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor, group: int) -> tuple[Tensor, Context]:
+        """Read prompts (B, P), repeat each `group` times: logits (B*G, 1, V), and the context.
 
-    def extend(self, new_ids: Tensor, prompt_mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Read new_ids (B*G, S) after what the cache holds, which grows by them.
-
-        Returns logits (B*G, S, V), each predicting the token after.
+        What all prompts begin with is read once, where that is worth a pass of its own.
         """
-        rows, steps = new_ids.shape
-        mask = prompt_mask.repeat_interleave(rows // len(prompt_mask), dim=0)  # (B*G, P)
-        past = cache.get_seq_length() - mask.shape[1]
-        offsets = torch.arange(past, past + steps, device=mask.device)
-        positions = mask.sum(dim=1, keepdim=True) + offsets  # (B*G, S)
-        mask = torch.cat([mask, mask.new_ones(rows, past + steps)], dim=1)
-        return self.logits(new_ids, mask, positions, cache, keep=0)
+        # One cast for all that is read, through which gradients flow back to the float32 weights.
+        cast = self.compute_dtype != torch.float32
+        parameters = self.model.named_parameters() if cast else ()
+        weights = {name: p.to(self.compute_dtype) for name, p in parameters}
+        context = Context(weights, DynamicCache(), prompt_mask[:, :0])
+        padding = prompt_ids.shape[1] - prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
+        begin = self.common_beginning(prompt_ids, padding)
+        if begin:
+            context.mask = prompt_mask[:1, :0]
+            start = int(padding[0])
+            self.read(prompt_ids[:1, start : start + begin], context, keep=1)
+            context.repeat(len(prompt_ids))
+        rest = prompt_ids[:, begin:]
+        mask = torch.arange(rest.shape[1], device=rest.device) >= padding
+        logits = self.read(rest, context, keep=1, mask=mask.to(prompt_mask.dtype))
+        context.repeat(group)
+        return logits.repeat_interleave(group, dim=0), context
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, keep: int) -> Tensor:
-        """The model's own forward, for the last `keep` positions of ids (N, S), or for all if 0."""
-        autocast = self.compute_dtype != torch.float32
-        with torch.autocast(ids.device.type, self.compute_dtype, enabled=autocast):
-            return self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-            ).logits
+    def common_beginning(self, prompt_ids: Tensor, padding: Tensor) -> int:
+        """How many tokens all prompts (B, P) begin with; 0 where it does not pay to read them once.
+
+        A GPU has tokens to spare, but no passes. And a sliding window would count the padding that
+        comes to stand between the beginning and the rest.
+        """
+        rows, width = prompt_ids.shape
+        sliding = getattr(self.model.config, "sliding_window", None)
+        if rows == 1 or prompt_ids.device.type != "cpu" or sliding:
+            return 0
+        columns = padding + torch.arange(width)  # (B, P)
+        ids = prompt_ids.gather(1, columns.clamp(max=width - 1))  # without the padding
+        longest = width - int(padding.max()) - 1  # the rest needs a token
+        begin = int((ids == ids[0]).all(dim=0)[:longest].cumprod(dim=0).sum())
+        return begin if begin * (rows - 1) >= WORTH_A_PASS else 0
+
+    def read(self, ids: Tensor, context: Context, keep: int = 0, mask=None) -> Tensor:
+        """Read ids (N, S) after what the context holds, which grows by them.
+
+        mask: (N, S), all ones by default. Returns the logits of the token after each of the last
+        `keep` of them, (N, keep, V), or after all if that is 0.
+        """
+        mask = torch.ones_like(ids) if mask is None else mask
+        context.mask = torch.cat([context.mask, mask], dim=1)
+        # Counted over real tokens, so that left padding does not shift a prompt's positions.
+        positions = (context.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (N, S)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": context.mask,
+            "position_ids": positions,
+            "past_key_values": context.cache,
+            "use_cache": True,
+            "logits_to_keep": keep,
+        }
+        return torch.func.functional_call(self.model, context.weights, kwargs=inputs).logits
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -255,9 +299,8 @@ def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor)
             whole = []
             for row, mask, completion in zip(prompt_ids, prompt_mask, completion_ids, strict=True):
                 ids = torch.cat([row[mask == 1], completion])[None]
-                positions = torch.arange(ids.shape[1], device=ids.device)[None]
-                logits = policy.logits(ids, torch.ones_like(ids), positions, None, keep=5)[:, :-1]
-                whole += 2 * [token_logprobs(logits, completion[None])]
+                logits = policy.model(input_ids=ids, use_cache=False, logits_to_keep=5).logits
+                whole += 2 * [token_logprobs(logits[:, :-1], completion[None])]
         gap = (shared - torch.cat(whole)).abs().max().item()
         problem = f"changes its log-probabilities by {gap:.2g}"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -169,7 +169,7 @@ def rollout(
     A completion ends with any end token of the model, or after max_new_tokens.
     """
     end_ids = torch.tensor(end_token_ids(policy.model, tokenizer), device=prompts[0].device)
-    logits, cache = policy.encode(*prompts, group)
+    logits, context = policy.encode(*prompts, group)
     alive = torch.ones(len(logits), dtype=torch.bool, device=logits.device)  # (B*G,)
     ids, masks, logprobs = [], [], []  # of T tensors (B*G,)
     while True:
@@ -185,7 +185,7 @@ def rollout(
         alive = alive & ~torch.isin(token, end_ids)
         if len(ids) == max_new_tokens or not alive.any():
             break
-        logits = policy.extend(token.unsqueeze(1), prompts[1], cache)
+        logits = policy.read(token.unsqueeze(1), context)
     completion_ids, mask = torch.stack(ids, dim=1), torch.stack(masks, dim=1)  # (B*G, T)
     spoken = mask & ~torch.isin(completion_ids, end_ids)
     texts = tokenizer.batch_decode(

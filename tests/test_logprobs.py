@@ -16,13 +16,15 @@ from small_models import (
 )
 from transformers import AutoModelForCausalLM, Lfm2Config, Mamba2Config, MambaConfig
 
+import policy as policy_module
 import train_grpo
 from checkpoint import StopRequest
 from cli import UserError
 from policy import Policy, check_shared_prefix
 from train_grpo import Config, update_policy
 
-PROMPTS = [random_ids(length, seed=length) for length in (3, 9, 12)]
+BEGINNING = random_ids(5, seed=5)
+PROMPTS = [BEGINNING + random_ids(length, seed=length) for length in (1, 9, 7)]
 LENGTHS = (7, 1, 4, 6, 1, 1, 1, 1, 2, 7, 3, 1)  # of four completions each; 1: stopped at once
 COMPLETIONS = [random_ids(length, seed=100 + i) for i, length in enumerate(LENGTHS)]
 
@@ -41,13 +43,37 @@ def assert_same_logprobs(policy: Policy, prompts, completions) -> None:
         torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(params=[False, True], ids=["prompts apart", "beginning shared"])
+def beginning_shared(request, monkeypatch) -> bool:
+    """Whether what the prompts begin with is read once for all of them."""
+    monkeypatch.setattr(policy_module, "WORTH_A_PASS", 1 if request.param else 10**9)
+    return request.param
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_shared_prefix_scores_ragged_completions_like_whole_sequences(name):
+def test_what_all_prompts_begin_with_is_read_once_unless_a_window_would_miscount(
+    name, beginning_shared
+):
+    policy, batch = Policy(small_model(name)), ragged_batch(PROMPTS, COMPLETIONS)
+    shapes = []
+    policy.model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    policy(batch.prompt_ids, batch.prompt_mask, batch.completion_ids)
+    rest = [(3, 9), (12, 6)] if beginning_shared else [(3, 14), (12, 6)]
+    first = [(1, len(BEGINNING))] if beginning_shared else []
+    windowed = name in ("mistral", "gemma2")
+    assert shapes == ([(3, 14), (12, 6)] if windowed else first + rest)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shared_prefix_scores_ragged_completions_like_whole_sequences(name, beginning_shared):
     assert_same_logprobs(Policy(small_model(name)), PROMPTS, COMPLETIONS)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_shared_prefix_scores_completions_that_all_stop_at_once(name):
+def test_shared_prefix_scores_completions_that_all_stop_at_once(name, beginning_shared):
     at_once = [completion[:1] for completion in COMPLETIONS]
     assert_same_logprobs(Policy(small_model(name)), PROMPTS, at_once)
 
@@ -84,7 +110,7 @@ def naive_gradients(policy, reference, advantages, config) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_equal_those_of_whole_sequences_in_any_micro_batches(name):
+def test_gradients_equal_those_of_whole_sequences_in_any_micro_batches(name, beginning_shared):
     policy = Policy(small_model(name))
     reference = nearby(policy)
     advantages = torch.randn(len(COMPLETIONS), generator=torch.Generator().manual_seed(1))
@@ -136,7 +162,7 @@ def test_the_start_up_comparison_refuses_a_model_that_ignores_what_it_is_told(ig
 
     def deaf(**inputs):
         kept = forward(**{name: value for name, value in inputs.items() if name != ignored})
-        if ignored == "past_key_values" and inputs[ignored] is not None:
+        if ignored == "past_key_values" and ignored in inputs:
             forward(**inputs)  # the cache grows as it should, but the logits do not depend on it
         return kept
 
