@@ -1,6 +1,7 @@
 """Settings from the command line: a dataclass whose fields carry their help and their range."""
 
 import dataclasses
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -13,12 +14,15 @@ class UserError(Exception):
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run `main`, turning a UserError into one line on standard error and exit code 2."""
+    """Run `main`; a UserError becomes one line on standard error and exit code 2, Ctrl-C 130."""
     try:
         return main()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 class Parser(HfArgumentParser):

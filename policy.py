@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from checkpoint import replace_folder, write_json
+from checkpoint import read_json, replace_folder, write_json
 from cli import UserError
 
 HERE = Path(__file__).resolve().parent
 PROMPT_FILE = "grpo_prompt.json"
 WORTH_A_PASS = 128  # tokens that a pass over the common beginning must save
+SOURCE_FILE = "grpo_source.json"
 
 
 def choose_device(name: str) -> torch.device:
@@ -84,6 +85,13 @@ def model_folder(name: str) -> Path | None:
     return next((folder for folder in (Path(name), HERE / name) if folder.is_dir()), None)
 
 
+def read_source(name: str) -> dict | None:
+    """Where fetch_model.py took a model from; None if it did not fetch it."""
+    folder = model_folder(name)
+    found = folder and (folder / SOURCE_FILE).exists()
+    return read_json(folder / SOURCE_FILE) if found else None
+
+
 def hub_source(name: str) -> str | None:
     """Where a hub id can be had, asking the hub once, for 3 seconds at most; None if nowhere."""
     if huggingface_hub.try_to_load_from_cache(name, "config.json"):
@@ -118,6 +126,8 @@ def load_model(name: str, device: torch.device):
     Only safetensors weights are read, and no code that a model brings along is run.
     """
     folder = model_folder(name)
+    if folder is None and name.startswith("models/"):
+        raise UserError(f"model {name}: no such folder; `python fetch_model.py` makes it")
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"model {name}: no such folder, and not a hub id (owner/name)")
     if folder is not None and not (folder / "config.json").exists():
@@ -362,9 +372,11 @@ def model_card(metrics: dict) -> str:
     best = metrics["best_iteration"]
     moved = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best]
     off_task = f"on prompts off the task its answers lie {moved[-1]:.2g} nats per token from them."
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items())
+    source = metrics["environment"].get("model_source") or {}
+    settings = config | {f"base model: {name}": value for name, value in source.items()}
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""---
-base_model: {config["model_name"]}
+base_model: {source.get("model", config["model_name"])}
 tags: [grpo, arithmetic]
 ---
 # {config["model_name"]} after GRPO on arithmetic

