@@ -32,6 +32,7 @@ from policy import (
     fingerprint,
     load_model,
     peak_memory,
+    read_source,
     save_model,
 )
 
@@ -70,10 +71,13 @@ def off_task_questions(config, prompt: dict) -> tuple[dict[str, int | None], dic
 
 def new_metrics(config, model) -> dict:
     """What grpo_metrics.json holds of a run that has not begun."""
-    environment = describe_environment(model.device)
+    origin = {
+        "base_model_crc32": fingerprint(model),
+        "model_source": read_source(config.model_name),
+    }
     return {
         "config": asdict(config) | {"resume": False},
-        "environment": environment | {"base_model_crc32": fingerprint(model)},
+        "environment": describe_environment(model.device) | origin,
         "status": "running",
         "stop_reason": None,
         "seconds": 0.0,
