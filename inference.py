@@ -18,6 +18,7 @@ import transformers
 from checkpoint import read_json
 from cli import Parser, UserError, check_text, exit_code
 from policy import (
+    HERE,
     PROMPT_FILE,
     Policy,
     check_length,
@@ -38,8 +39,10 @@ def read_prompt(name: str) -> dict:
     """How the model wants to be asked: as it was trained, else as training would ask it."""
     folder = model_folder(name)
     if folder is None or not (folder / PROMPT_FILE).exists():
-        preset = next((p for p in PRESETS.values() if p.get("model_name") == name), {})
-        return make_prompt(Config(**preset))
+        # By folder, not by name, which may be written in many ways (shells add a slash).
+        place = (folder or HERE / name).resolve()
+        known = (p for p in PRESETS.values() if (HERE / p.get("model_name", "")).resolve() == place)
+        return make_prompt(Config(**next(known, {})))
     prompt = read_json(folder / PROMPT_FILE)
     examples = prompt.get("examples")
     if not (
