@@ -127,7 +127,8 @@ def load_model(name: str, device: torch.device):
     """
     folder = model_folder(name)
     if folder is None and name.startswith("models/"):
-        raise UserError(f"model {name}: no such folder; `python fetch_model.py` makes it")
+        made = "models/SmolLM2-135M-Instruct"
+        raise UserError(f"model {name}: no such folder; `python fetch_model.py` makes {made}")
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"model {name}: no such folder, and not a hub id (owner/name)")
     if folder is not None and not (folder / "config.json").exists():
