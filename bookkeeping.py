@@ -1,20 +1,22 @@
 """A run from outside: begun or resumed, checkpointed, judged by its metrics, brought to an end.
 
 Whatever is decided here is worked out anew from the metrics, never from what this process happens
-to remember, so that a resumed run decides as an undisturbed one would.
+to remember, so that a resumed run decides as an undisturbed one would, and each of several
+processes as the others do. Only that of rank 0 writes.
 """
 
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from tqdm import tqdm
 
 import plot_metrics
+import spread
 from checkpoint import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -35,38 +37,13 @@ from policy import (
     read_source,
     save_model,
 )
+from rewards import describe
 
 SPAN = 50  # iterations over which a run is judged
 MOST_SKIPPED = 10  # updates in a row
 # What a resumed run may change, as it changes no weight; all else must be as it was.
 FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every"}
 FREE |= {"patience", "max_kl"}
-
-# Asked off the task, to see how far training moves the rest of a chat model. None has one answer.
-OFF_TASK = dict.fromkeys(
-    [
-        "What is the capital of France?",
-        "Write one sentence about the sea.",
-        "How do I boil an egg?",
-        "Translate to French: good morning.",
-        "Name three colours.",
-        "Why is the sky blue?",
-        "Who wrote Romeo and Juliet?",
-        "Give me a word that rhymes with light.",
-    ]
-)
-
-
-def off_task_questions(config, prompt: dict) -> tuple[dict[str, int | None], dict]:
-    """({question: answer, None where there is not one}, prompt to ask them in), off the task.
-
-    The bundled model has learned sums besides the task, and knows nothing of chat.
-    """
-    if config.preset != "tiny":
-        return OFF_TASK, {"system": "", "examples": []}
-    rng, low, high = random.Random(0), config.min_operand, config.max_operand
-    sums = [(rng.randint(low, high), rng.randint(low, high)) for _ in range(64)]
-    return {f"What is {a} + {b}?": a + b for a, b in sums}, prompt
 
 
 def new_metrics(config, model) -> dict:
@@ -87,7 +64,20 @@ def new_metrics(config, model) -> dict:
 
 
 def begin(state, config) -> None:
-    """Restore `state` from the newest checkpoint if asked to and there is one.
+    """Restore `state` from the newest checkpoint, as rank 0 finds it, if asked to and possible."""
+    tensors, rest, settings = {}, {}, state.metrics["config"]
+    with spread.together():
+        if spread.rank() == 0:
+            tensors, rest = checkpoint_to_resume(state.metrics, config) or ({}, {})
+    tensors, rest = spread.tensors_of_first(tensors), spread.gather(rest)[0]
+    if rest:
+        restore(state, tensors, rest)
+        state.metrics["config"] = settings
+        print(f"resuming after iteration {len(state.metrics['iterations'])}")
+
+
+def checkpoint_to_resume(now: dict, config) -> tuple[dict, dict] | None:
+    """The newest checkpoint of the run to be resumed, if any, for one whose metrics are `now`.
 
     UserError where a fresh start would replace an unfinished run, or where settings other than
     FREE, the device or the base model are not those that the run was begun with.
@@ -99,13 +89,12 @@ def begin(state, config) -> None:
                 f"{output.resolve()} holds an unfinished run: go on with it by --resume, or choose"
                 f" another --output_dir (or give it up by deleting its {CHECKPOINTS}/)"
             )
-        return
+        return None
     found = load_checkpoint(output)
     if found is None:
         print(f"nothing to resume in {output.resolve()}: starting afresh")
-        return
-    tensors, rest = found
-    now, then = state.metrics, rest.get("metrics")
+        return None
+    then = found[1].get("metrics")
     try:
         pairs = {f"--{n}": (then["config"].get(n), now["config"][n]) for n in now["config"]}
         for name in ("device", "base_model_crc32", "torch", "threads"):
@@ -119,10 +108,7 @@ def begin(state, config) -> None:
     fatal = [text for name, text in other.items() if name.removeprefix("--") not in FREE]
     if fatal:
         raise UserError("--resume: begun with other settings: " + "; ".join(fatal))
-    settings = now["config"]
-    restore(state, tensors, rest)
-    state.metrics["config"] = settings
-    print(f"resuming after iteration {len(state.metrics['iterations'])}")
+    return found
 
 
 def run_status(output: Path) -> str | None:
@@ -211,23 +197,36 @@ def no_signal_text(history: list[dict], question: str, completion: str) -> str:
 
 
 class Bookkeeper:
-    """Keeps output_dir up to date with a run: metrics, checkpoints, the best policy, plots."""
+    """Keeps output_dir up to date with a run: metrics, checkpoints, the best policy, plots.
+
+    All processes call it alike, and rank 0 writes.
+    """
 
     def __init__(self, state, config, tokenizer, prompt: dict):
         self.state, self.config, self.tokenizer, self.prompt = state, config, tokenizer, prompt
         self.metrics, self.output = state.metrics, Path(config.output_dir)
         self.history = self.metrics["iterations"]
+        self.writes = spread.rank() == 0
         self.kept, self.checkpointed = 0, len(self.history)  # iterations
         self.written = time.monotonic()
         self.started = self.written - self.metrics["seconds"]
 
     def write_metrics(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started
-        write_json(self.output / METRICS_FILE, self.metrics)
+        if self.writes:
+            write_json(self.output / METRICS_FILE, self.metrics)
+
+    def evaluated(self, iteration: int, split: str, **found: dict) -> None:
+        """Record what an evaluation has found, and say how many answers were right."""
+        self.metrics["evaluations"].append({"iteration": iteration, "split": split, **found})
+        self.metrics["best_iteration"] = best_iteration(self.metrics)
+        tqdm.write(f"iteration {iteration:>5}, {split}: {describe(found['accuracies'])}")
 
     def checkpoint(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started
-        save_checkpoint(self.state, self.output)
+        samplers = torch.cat(spread.gather(self.state.sampler.get_state()))
+        if self.writes:
+            save_checkpoint(self.state, samplers, self.output)
         self.write_metrics()
         self.checkpointed, self.written = len(self.history), time.monotonic()
 
@@ -239,7 +238,8 @@ class Bookkeeper:
             self.kept = len(self.history)
 
     def save_policy(self, policy: Policy) -> None:
-        save_model(policy.model, self.tokenizer, self.prompt, self.output, self.metrics)
+        if self.writes:
+            save_model(policy.model, self.tokenizer, self.prompt, self.output, self.metrics)
 
     def best_policy(self, reference: Policy) -> Policy:
         """The policy that was best: the last one, the one before training, or the one saved."""
@@ -248,8 +248,11 @@ class Bookkeeper:
             return policy
         if best == 0:
             return reference
-        model, _ = load_model(str(self.output / "saved_model"), policy.model.device)
-        return Policy(model, policy.compute_dtype)
+        if self.writes:
+            model, _ = load_model(str(self.output / "saved_model"), policy.model.device)
+            policy = Policy(model, policy.compute_dtype)
+        spread.broadcast(policy.parameters())  # into those that the others have trained to the end
+        return policy
 
     def after_iteration(self, example: Callable[[], tuple[str, str]]) -> None:
         """Warn and checkpoint as the last iteration asks for; `example` samples a completion."""
@@ -263,7 +266,7 @@ class Bookkeeper:
             self.metrics["no_signal"] = iteration
             tqdm.write(no_signal_text(self.history, *example()))
         since, every = iteration - self.checkpointed, self.config.checkpoint_every
-        late = time.monotonic() - self.written > 120
+        late = spread.gather(time.monotonic() - self.written > 120)[0]
         # The very first shows at once whether the disk has room. None is made in trouble.
         if (since >= (every or 25) and (every or late) or iteration == 1) and not skipped:
             self.checkpoint()
@@ -276,5 +279,6 @@ class Bookkeeper:
         self.metrics |= peak_memory(best.model.device)
         self.save_policy(best)
         self.write_metrics()
-        plot_metrics.draw([self.output / METRICS_FILE], self.output)
-        plot_metrics.print_summary(self.metrics, self.output)
+        if self.writes:
+            plot_metrics.draw([self.output / METRICS_FILE], self.output)
+            plot_metrics.print_summary(self.metrics, self.output)

@@ -20,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import spread
 from cli import UserError
 
 METRICS_FILE = "grpo_metrics.json"
@@ -133,9 +134,10 @@ def checkpoints_in(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def save_checkpoint(state, output: Path) -> None:
+def save_checkpoint(state, samplers, output: Path) -> None:
     """Write checkpoints/<iteration>/ with all that `state` (a TrainState) holds; keep the last two.
 
+    `samplers` (uint8) are the states of all processes' samplers, one after another.
     No pickle: tensors go to safetensors, the rest to JSON, whose floats lose no bit.
     """
     root, iteration = output / CHECKPOINTS, len(state.metrics["iterations"])
@@ -145,7 +147,7 @@ def save_checkpoint(state, output: Path) -> None:
     tensors = {f"policy.{n}": p.detach() for n, p in state.policy.named_parameters()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
-    tensors["sampler"] = state.sampler.get_state()
+    tensors["sampler"] = samplers
     rest = {"problems": state.problems.getstate(), "metrics": state.metrics}
     beside = root / f"{iteration}.tmp"
     beside.mkdir()
@@ -212,10 +214,10 @@ def restore(state, tensors: dict, rest: dict) -> None:
                     slots.setdefault(index, {})[slot] = value.clone()
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        state.sampler.set_state(tensors["sampler"])
         kind, numbers, gauss = rest["problems"]
         state.problems.setstate((kind, tuple(numbers), gauss))
         state.metrics.update(rest["metrics"])
+        spread.resume_stream(state.sampler, tensors["sampler"], state.metrics)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--resume: the checkpoint is not one of this run's: {error}") from error
 
@@ -224,11 +226,11 @@ class StopRequest:
     """Turns the first SIGINT or SIGTERM into a wish that the loop reads; then Ctrl-C kills.
 
     A further SIGTERM changes nothing: schedulers send it to a process and to its group.
-    `with StopRequest() as stop: ...; if stop.signal: ...`; `stop.exit_code` is 128 + the signal.
+    `with StopRequest() as stop: ...; if stop.reason(): ...`; `stop.signal` is 0 without a reason.
     """
 
     def __enter__(self) -> "StopRequest":
-        self.signal = 0
+        self.noted = self.signal = 0  # the signal that this process got, that any of them got
         self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -237,14 +239,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
-        self.signal = self.signal or number
+        self.noted = self.noted or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr)
+        if spread.rank() == 0:
+            print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr)
 
-    @property
     def reason(self) -> tuple[str, str] | None:
+        """Why to stop, if so: the same for all processes, which must ask together."""
+        self.signal = max(spread.gather(self.noted))
         return ("interrupted", signal.Signals(self.signal).name) if self.signal else None
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
+import spread
 from checkpoint import read_json, replace_folder, write_json
 from cli import UserError
 
@@ -33,11 +34,14 @@ SOURCE_FILE = "grpo_source.json"
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is cuda, else cpu. A device that is named and absent is an error, not a fallback."""
+    """`auto` is cuda, else cpu. A device that is named and absent is an error, not a fallback.
+
+    Of several processes on a machine, each takes a cuda device of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = spread.own_device(torch.device(name))
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not on this machine; try --device auto") from error
@@ -61,12 +65,13 @@ def describe_environment(device: torch.device) -> dict:
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*spread.launcher(), *sys.argv]),
         "git_commit": commit or None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
         "platform": platform.platform(),
         "device": device.type,
+        "processes": spread.size(),
         "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -65,3 +65,30 @@ def held_out_problems(split: str, count: int, config) -> list[Problem]:
         if problem.split == split and len(problems) < count:
             problems.append(problem)
     return problems
+
+
+# Asked off the task, to see how far training moves the rest of a chat model. None has one answer.
+OFF_TASK = dict.fromkeys(
+    [
+        "What is the capital of France?",
+        "Write one sentence about the sea.",
+        "How do I boil an egg?",
+        "Translate to French: good morning.",
+        "Name three colours.",
+        "Why is the sky blue?",
+        "Who wrote Romeo and Juliet?",
+        "Give me a word that rhymes with light.",
+    ]
+)
+
+
+def off_task_questions(config, prompt: dict) -> tuple[dict[str, int | None], dict]:
+    """({question: answer, None where there is not one}, prompt to ask them in), off the task.
+
+    The bundled model has learned sums besides the task, and knows nothing of chat.
+    """
+    if config.preset != "tiny":
+        return OFF_TASK, {"system": "", "examples": []}
+    rng, low, high = random.Random(0), config.min_operand, config.max_operand
+    sums = [(rng.randint(low, high), rng.randint(low, high)) for _ in range(64)]
+    return {f"What is {a} + {b}?": a + b for a, b in sums}, prompt

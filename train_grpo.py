@@ -32,15 +32,8 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bookkeeping import (
-    Bookkeeper,
-    begin,
-    best_iteration,
-    finished_already,
-    new_metrics,
-    off_task_questions,
-    reason_to_stop,
-)
+import spread
+from bookkeeping import Bookkeeper, begin, finished_already, new_metrics, reason_to_stop
 from checkpoint import StopRequest, run_folder
 from cli import Parser, UserError, check_ranges, exit_code, setting
 from policy import (
@@ -54,8 +47,8 @@ from policy import (
     load_model,
     token_logprobs,
 )
-from rewards import describe, score, summarise
-from task import EXAMPLES, Problem, held_out_problems, training_problems
+from rewards import score, summarise
+from task import EXAMPLES, Problem, held_out_problems, off_task_questions, training_problems
 
 
 @dataclass
@@ -126,12 +119,14 @@ def parse_config(argv: list[str]) -> Config:
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_ranges(config)
-    group, micro = config.num_generations, config.micro_batch_size
+    group, micro, batch = config.num_generations, config.micro_batch_size, config.batch_size
     if micro and micro % group and group % micro:
         raise UserError(f"--micro_batch_size {micro}: must divide or be a multiple of {group}")
     if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
         low, high = config.min_operand, config.max_operand
         raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
+    if batch % spread.size():
+        raise UserError(f"--batch_size {batch}: must be a multiple of {spread.size()} (processes)")
     print(f"preset {preset}: {reason}")
     return config
 
@@ -293,7 +288,8 @@ def update_policy(
     updates, made = [], []
     for update in range(config.num_inner_updates):
         stats = dict.fromkeys(("loss", "kl", "kl_penalty", "clip_fraction"), 0.0)
-        for some, rows in micro_batches(count, config.num_generations, config.micro_batch_size):
+        pieces = micro_batches(count, config.num_generations, config.micro_batch_size)
+        for some, rows in spread.exchanged_once(policy, pieces):
             inputs = batch.prompt_ids[some], batch.prompt_mask[some], batch.completion_ids[rows]
             logprobs = policy(*inputs)
             if update == 0:
@@ -307,6 +303,7 @@ def update_policy(
             share = len(logprobs) / count
             (loss * share).backward()
             stats = {name: total + share * piece[name] for name, total in stats.items()}
+        stats = spread.average(stats)
         norm = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
         updates.append({**stats, "grad_norm": norm.item()})
         if math.isfinite(stats["loss"]) and math.isfinite(norm):
@@ -317,7 +314,7 @@ def update_policy(
     kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
     some = made or updates
     means = {n: fmean(u[n] for u in some) for n in ("loss", "clip_fraction", "grad_norm")}
-    gap = ((old_logprobs - batch.logprobs) * mask).abs().max().item()
+    gap = max(spread.gather(((old_logprobs - batch.logprobs) * mask).abs().max().item()))
     return {**kl, **means, "skipped_updates": len(updates) - len(made), "sampling_gap": gap}
 
 
@@ -330,8 +327,8 @@ def evaluate(
     a generator of its own, so that evaluating more often changes nothing in the training.
     """
     device = policy.model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    results = {}
+    generator = torch.Generator(device).manual_seed(spread.stream(seed))
+    problems, results = spread.share(problems), {}
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         scores = []
         for start in range(0, len(problems), 128):
@@ -340,7 +337,7 @@ def evaluate(
             length = config.max_new_tokens
             done = rollout(policy, tokenizer, prompts, 1, length, generator, temperature)
             scores += [score(t, p.answer) for t, p in zip(done.texts, part, strict=True)]
-        results[kind] = summarise(scores)
+        results[kind] = summarise(sum(spread.gather(scores), []))
     return results
 
 
@@ -374,6 +371,9 @@ class TrainState:
     sampler: torch.Generator  # draws the tokens
     metrics: dict  # what grpo_metrics.json holds
 
+    def __post_init__(self):
+        self.learner = spread.synchronised(self.policy)  # the policy, as its gradients are computed
+
 
 def train_iteration(
     state: TrainState, reference: Policy, tokenizer, prompt: dict, config: Config
@@ -381,23 +381,22 @@ def train_iteration(
     """One turn of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
     device, group = state.policy.model.device, config.num_generations
-    problems = training_problems(config.batch_size, state.problems, config)
+    problems = spread.share(training_problems(config.batch_size, state.problems, config))
     prompts = encode_prompts(tokenizer, [p.question for p in problems], prompt, device)
     batch = rollout(state.policy, tokenizer, prompts, group, config.max_new_tokens, state.sampler)
     parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
     rewards = parts.sum(dim=1)  # (B*G,)
     advantages = group_advantages(rewards, group)  # (B*G,)
     updates = update_policy(
-        state.policy, reference, state.optimizer, batch, advantages.to(device), config
+        state.learner, reference, state.optimizer, batch, advantages.to(device), config
     )
     with_tags, exact = parts[:, 0] > 0, parts[:, 2] > 0  # (B*G,)
     ends = torch.tensor(end_token_ids(state.policy.model, tokenizer), device=device)
     by_part = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
-    return {
+    mine = {
         "reward": rewards.mean().item(),
         **{f"reward_{name}": value for name, value in by_part},
         "accuracy": exact.float().mean().item(),
-        **updates,
         # Estimated from the samples themselves: the mean of -log p, per token.
         "entropy": completion_mean(-batch.logprobs, batch.mask).item(),
         "wrong_in_tags": (with_tags & ~exact).float().mean().item(),
@@ -406,37 +405,39 @@ def train_iteration(
         "groups_without_signal": (advantages.view(-1, group) == 0).all(1).float().mean().item(),
         "seconds": time.perf_counter() - started,
     }
+    return {**spread.average(mine), **updates}
 
 
 def train(config: Config, stop: StopRequest) -> int:
     """Run or resume a training and leave its files in config.output_dir. Returns the exit code."""
-    if config.resume and finished_already(config):
+    if config.resume and spread.agreed(finished_already, config):
         return 0
-    device = choose_device(config.device)
-    model, tokenizer = load_model(config.model_name, device)
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
-    questions = [problem.question for problem in held_out_problems("validation", 4, config)]
-    prompts = encode_prompts(tokenizer, questions, make_prompt(config), device)
-    check_length(model, prompts[0], config.max_new_tokens)
-    check_shared_prefix(policy, *prompts)
-    with run_folder(Path(config.output_dir)):
+    with spread.together():
+        device = choose_device(config.device)
+        model, tokenizer = load_model(config.model_name, device)
+        bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+        policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
+        questions = [problem.question for problem in held_out_problems("validation", 4, config)]
+        prompts = encode_prompts(tokenizer, questions, make_prompt(config), device)
+        check_length(model, prompts[0], config.max_new_tokens)
+        check_shared_prefix(policy, *prompts)
+    with spread.on_first(run_folder(Path(config.output_dir))):
         return train_in_folder(config, policy, tokenizer, stop)
 
 
 def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest) -> int:
     """`train`, once the policy has proved fit and output_dir is held for this run."""
     model, device, prompt = policy.model, policy.model.device, make_prompt(config)
-    # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
-    # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
-    reference = copy.deepcopy(policy)
     count = config.eval_problems
     held_out = {s: held_out_problems(s, count, config) for s in ("validation", "test")}
     # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    sampler = torch.Generator(device).manual_seed(config.seed)
+    sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))
     metrics = new_metrics(config, model)
     state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics)
+    # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
+    # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
+    reference = copy.deepcopy(policy)
     begin(state, config)
     history, evaluations = metrics["iterations"], metrics["evaluations"]
     books = Bookkeeper(state, config, tokenizer, prompt)
@@ -447,10 +448,7 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
         seed = 1_000_003 * (config.seed + 1) + iteration
         accuracies = evaluate(some, tokenizer, prompt, held_out[split], config, seed)
         off_task = evaluate_off_task(some, reference, tokenizer, prompt, config, seed)
-        found = {"accuracies": accuracies, "off_task": off_task}
-        evaluations.append({"iteration": iteration, "split": split, **found})
-        metrics["best_iteration"] = best_iteration(metrics)
-        tqdm.write(f"iteration {iteration:>5}, {split}: {describe(accuracies)}")
+        books.evaluated(iteration, split, accuracies=accuracies, off_task=off_task)
 
     def example() -> tuple[str, str]:
         question = held_out["validation"][0].question
@@ -458,16 +456,17 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
         return question, rollout(policy, tokenizer, inputs, 1, config.max_new_tokens).texts[0]
 
     for split in () if history else ("test", "validation"):
-        if not stop.signal:
+        if not stop.reason():
             measure(split, policy, 0)
-    bar = tqdm(total=config.num_iterations, initial=len(history), unit="it", dynamic_ncols=True)
+    length, quiet = config.num_iterations, spread.rank() > 0
+    bar = tqdm(total=length, initial=len(history), dynamic_ncols=True, disable=quiet)
     with bar:  # closed on errors too, which are then told on a line of their own
         while True:
             due = config.eval_every and len(history) % config.eval_every == 0
-            if due and not stop.signal and evaluations[-1]["iteration"] < len(history):
+            if due and not stop.reason() and evaluations[-1]["iteration"] < len(history):
                 measure("validation", policy, len(history))
             books.keep_best()
-            ending = stop.reason or reason_to_stop(metrics, config)
+            ending = stop.reason() or reason_to_stop(metrics, config)
             if ending:
                 break
             history.append(train_iteration(state, reference, tokenizer, prompt, config))
@@ -476,7 +475,7 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
             bar.update()
             books.after_iteration(example)
     if not history:  # nothing was learned: an earlier run's files stay as they are
-        return stop.exit_code
+        return 128 + stop.signal
     if ending[0] != "failed":
         books.checkpoint()
     if ending[0] == "finished" and evaluations[-1]["iteration"] < len(history):
@@ -485,15 +484,15 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
     if ending[0] == "finished":
         measure("test", best, metrics["best_iteration"])
     books.finish(ending, best)
-    return {"finished": 0, "failed": 1}.get(ending[0], stop.exit_code)
+    return {"finished": 0, "failed": 1}.get(ending[0], 128 + stop.signal)
 
 
 def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = parse_config(sys.argv[1:] if argv is None else argv)
-    with StopRequest() as stop:
-        return train(config, stop)
+    argv = sys.argv[1:] if argv is None else argv
+    with spread.joined(), StopRequest() as stop:
+        return train(spread.agreed(parse_config, argv), stop)
 
 
 if __name__ == "__main__":

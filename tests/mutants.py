@@ -172,8 +172,8 @@ MUTANTS = [
     ),
     in_trainer(
         "sampling gap counts what follows the end",
-        "gap = ((old_logprobs - batch.logprobs) * mask).abs()",
-        "gap = (old_logprobs - batch.logprobs).abs()",
+        "((old_logprobs - batch.logprobs) * mask).abs()",
+        "(old_logprobs - batch.logprobs).abs()",
         "test_sampling.py",
     ),
     in_trainer(
@@ -340,7 +340,7 @@ MUTANTS = [
     ),
     in_trainer(
         "evaluation draws unseeded",
-        "generator = torch.Generator(device).manual_seed(seed)",
+        "generator = torch.Generator(device).manual_seed(spread.stream(seed))",
         "generator = None",
         "test_determinism.py",
     ),
@@ -352,7 +352,7 @@ MUTANTS = [
     ),
     in_trainer(
         "tokens drawn unseeded",
-        "sampler = torch.Generator(device).manual_seed(config.seed)",
+        "sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))",
         "sampler = torch.Generator(device); sampler.seed()",
         "test_determinism.py",
     ),
