@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import plot_metrics
@@ -60,6 +61,33 @@ def new_metrics(config, model) -> dict:
         "seconds": 0.0,
         "iterations": [],
         "evaluations": [],
+    }
+
+
+def describe_batch(batch, parts: Tensor, advantages: Tensor, end_ids: list[int]) -> dict:
+    """What grpo_metrics.json holds of one batch of groups, without its updates.
+
+    batch: a Rollout of B*G completions; parts: (B*G, 3), the weighted parts of their rewards:
+    format, near, exact; advantages: (B*G,).
+    """
+    ids, mask, group = batch.completion_ids, batch.mask, len(batch.mask) // len(batch.prompt_ids)
+    length = mask.sum(dim=1)  # (B*G,)
+    with_tags, exact = parts[:, 0] > 0, parts[:, 2] > 0
+    cut_off = ~torch.isin(ids, torch.tensor(end_ids, device=ids.device)).any(dim=1)
+    no_signal = (advantages.view(-1, group) == 0).all(dim=1)  # (B,)
+    format_part, near, right = parts.mean(dim=0).tolist()
+    return {
+        "reward": parts.sum(dim=1).mean().item(),
+        "reward_format": format_part,
+        "reward_near": near,
+        "reward_exact": right,
+        "accuracy": exact.float().mean().item(),
+        # Estimated from the samples themselves: the mean of -log p, per token.
+        "entropy": (-(batch.logprobs * mask).sum(dim=1) / length).mean().item(),
+        "wrong_in_tags": (with_tags & ~exact).float().mean().item(),
+        "cut_off": cut_off.float().mean().item(),
+        "completion_length": length.mean().item(),
+        "groups_without_signal": no_signal.float().mean().item(),
     }
 
 
@@ -210,6 +238,9 @@ class Bookkeeper:
         self.kept, self.checkpointed = 0, len(self.history)  # iterations
         self.written = time.monotonic()
         self.started = self.written - self.metrics["seconds"]
+
+    def reason_to_stop(self) -> tuple[str, str] | None:
+        return reason_to_stop(self.metrics, self.config)
 
     def write_metrics(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 import spread
 from checkpoint import read_json, replace_folder, write_json
 from cli import UserError
+from task import EXAMPLES
 
 HERE = Path(__file__).resolve().parent
 PROMPT_FILE = "grpo_prompt.json"
@@ -179,8 +180,16 @@ def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
     return ids
 
 
-def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tuple[Tensor, Tensor]:
-    """Write each question into the chat and tokenise, padded on the left.
+def make_prompt(config) -> dict:
+    """What surrounds a question: {"system": str, "examples": [[question, answer], ...]}."""
+    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in EXAMPLES]
+    return {"system": config.system_prompt, "examples": examples[: config.num_examples]}
+
+
+def encode_prompts(
+    tokenizer, questions: list[str], prompt: dict, device, multiple: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write each question into the chat and tokenise, padded on the left (to a `multiple`).
 
     Returns (prompt_ids, prompt_mask), both (B, P) int64; the mask is 1 on real tokens.
     """
@@ -194,7 +203,12 @@ def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tup
     except Exception as error:  # the template is foreign code, run in a sandbox
         raise UserError(f"the model's chat template fails: {error}") from error
     batch = tokenizer(
-        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        texts,
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        pad_to_multiple_of=multiple,
+        return_tensors="pt",
     )
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
@@ -306,6 +320,14 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+def micro_batches(rows: int, group: int, size: int) -> list[tuple[slice, slice]]:
+    """Cut B*G completions into pieces of `size`: (slice of the prompts, slice of completions)."""
+    starts = range(0, rows, size or rows)
+    stops = [min(start + (size or rows), rows) for start in starts]
+    prompts = [slice(a // group, math.ceil(b / group)) for a, b in zip(starts, stops, strict=True)]
+    return list(zip(prompts, map(slice, starts, stops), strict=True))
+
+
 def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
     """Raise UserError unless sharing prompts (B, P) gives what whole unpadded sequences give."""
     completion_ids = prompt_ids[:, -4:].flip(1)  # (B, 4): any tokens will do
@@ -334,6 +356,13 @@ def check_length(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None) or length
     if length > limit:
         raise UserError(f"prompt and answer need {length} tokens; this model reads {limit}")
+
+
+def check_fit(policy: Policy, tokenizer, questions: list[str], prompt: dict, length: int) -> None:
+    """Raise UserError unless the policy can be trained on such questions and that many tokens."""
+    prompts = encode_prompts(tokenizer, questions, prompt, policy.model.device)
+    check_length(policy.model, prompts[0], length)
+    check_shared_prefix(policy, *prompts)
 
 
 def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: str) -> None:

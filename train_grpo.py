@@ -21,7 +21,6 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,22 +32,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import spread
-from bookkeeping import Bookkeeper, begin, finished_already, new_metrics, reason_to_stop
+from bookkeeping import Bookkeeper, begin, describe_batch, finished_already, new_metrics
 from checkpoint import StopRequest, run_folder
 from cli import Parser, UserError, check_ranges, exit_code, setting
 from policy import (
     Policy,
-    check_length,
-    check_shared_prefix,
+    check_fit,
     choose_device,
     choose_preset,
     encode_prompts,
     end_token_ids,
     load_model,
+    make_prompt,
+    micro_batches,
     token_logprobs,
 )
+from replay import Graphs, eager, wanted
 from rewards import score, summarise
-from task import EXAMPLES, Problem, held_out_problems, off_task_questions, training_problems
+from task import Problem, held_out_problems, off_task_questions, training_problems
 
 
 @dataclass
@@ -65,6 +66,9 @@ class Config:
     device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type; auto is bfloat16 on cuda; the weights are float32 always"
+    )
+    fixed_shapes: Literal["auto", "on", "off"] = setting(
+        "auto", "pad all to fixed lengths, to be replayed as CUDA graphs; auto is on on cuda"
     )
     # The task, and how it is asked. Three factors of three digits make the nine that are scored.
     min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
@@ -131,12 +135,6 @@ def parse_config(argv: list[str]) -> Config:
     return config
 
 
-def make_prompt(config: Config) -> dict:
-    """What surrounds a question: {"system": str, "examples": [[question, answer], ...]}."""
-    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in EXAMPLES]
-    return {"system": config.system_prompt, "examples": examples[: config.num_examples]}
-
-
 @dataclass
 class Rollout:
     """Completions of B prompts, G each, with what it takes to train on them."""
@@ -158,37 +156,43 @@ def rollout(
     max_new_tokens: int,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
+    graphs: Graphs | None = None,
 ) -> Rollout:
     """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy.
 
-    A completion ends with any end token of the model, or after max_new_tokens.
+    A completion ends with any end token of the model, or after max_new_tokens. With `graphs` T is
+    always max_new_tokens, else the length of the longest completion.
     """
     end_ids = torch.tensor(end_token_ids(policy.model, tokenizer), device=prompts[0].device)
-    logits, context = policy.encode(*prompts, group)
-    alive = torch.ones(len(logits), dtype=torch.bool, device=logits.device)  # (B*G,)
-    ids, masks, logprobs = [], [], []  # of T tensors (B*G,)
-    while True:
-        step = logits[:, -1].float()  # (B*G, V)
-        if temperature == 0:
-            token = step.argmax(dim=-1)
-        else:
-            probabilities = (step / temperature).softmax(dim=-1)
-            token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        ids.append(token)
-        masks.append(alive)
-        logprobs.append(token_logprobs(step, token))
-        alive = alive & ~torch.isin(token, end_ids)
-        if len(ids) == max_new_tokens or not alive.any():
-            break
-        logits = policy.read(token.unsqueeze(1), context)
-    completion_ids, mask = torch.stack(ids, dim=1), torch.stack(masks, dim=1)  # (B*G, T)
+
+    def sample(prompt_ids: Tensor, prompt_mask: Tensor, end_ids: Tensor):
+        logits, context = policy.encode(prompt_ids, prompt_mask, group)
+        alive = torch.ones_like(logits[:, 0, 0], dtype=torch.bool)  # (B*G,)
+        ids, masks, logprobs = [], [], []  # of T tensors (B*G,)
+        while True:
+            step = logits[:, -1].float()  # (B*G, V)
+            if temperature == 0:
+                token = step.argmax(dim=-1)
+            else:
+                # As torch.multinomial draws, which would wait for the GPU to check its input.
+                noise = torch.empty_like(step).exponential_(generator=generator)
+                token = ((step / temperature).softmax(dim=-1) / noise).argmax(dim=-1)
+            ids.append(token)
+            masks.append(alive)
+            logprobs.append(token_logprobs(step, token))
+            alive = alive & ~torch.isin(token, end_ids)
+            if len(ids) == max_new_tokens or (graphs is None and not alive.any()):
+                return [torch.stack(columns, dim=1) for columns in (ids, masks, logprobs)]
+            logits = policy.read(token.unsqueeze(1), context)
+
+    completion_ids, mask, logprobs = (graphs or eager)(sample, *prompts, end_ids)  # (B*G, T)
     spoken = mask & ~torch.isin(completion_ids, end_ids)
     texts = tokenizer.batch_decode(
         [row[keep].tolist() for row, keep in zip(completion_ids, spoken, strict=True)],
         skip_special_tokens=False,  # dropped, they would hide from the format reward
         clean_up_tokenization_spaces=False,
     )
-    return Rollout(*prompts, completion_ids, mask.float(), torch.stack(logprobs, dim=1), texts)
+    return Rollout(*prompts, completion_ids, mask.float(), logprobs, texts)
 
 
 REWARD_WEIGHTS = {"format": 0.2, "near": 0.2, "exact": 0.6}
@@ -242,7 +246,7 @@ def grpo_loss(
     advantages: Tensor,
     mask: Tensor,
     config: Config,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO objective, DeepSeekMath eq. 3, as a loss to minimise.
 
     logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,).
@@ -261,60 +265,65 @@ def grpo_loss(
             # Tokens held at the clipped value, whose policy gradient is therefore 0.
             "clip_fraction": completion_mean((clipped < unclipped).float(), mask),
         }
-    return loss, {name: value.item() for name, value in stats.items()}
-
-
-def micro_batches(rows: int, group: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut B*G completions into pieces of `size`: (slice of the prompts, slice of completions)."""
-    for start in range(0, rows, size or rows):
-        stop = min(start + (size or rows), rows)
-        yield slice(start // group, math.ceil(stop / group)), slice(start, stop)
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def update_policy(
-    policy: Policy,
+    learner: nn.Module,
     reference: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Rollout,
     advantages: Tensor,
     config: Config,
+    graphs: Graphs | None = None,
 ) -> dict[str, float]:
     """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics.
 
     An update whose loss or gradient is not finite is skipped: it would ruin every weight.
     """
-    count, mask = len(advantages), batch.mask
-    old_logprobs, ref_logprobs = torch.empty_like(mask), torch.empty_like(mask)  # (B*G, T)
-    updates, made = [], []
-    for update in range(config.num_inner_updates):
-        stats = dict.fromkeys(("loss", "kl", "kl_penalty", "clip_fraction"), 0.0)
-        pieces = micro_batches(count, config.num_generations, config.micro_batch_size)
-        for some, rows in spread.exchanged_once(policy, pieces):
-            inputs = batch.prompt_ids[some], batch.prompt_mask[some], batch.completion_ids[rows]
-            logprobs = policy(*inputs)
-            if update == 0:
-                # Nothing has moved since the rollout, so these are the old log-probabilities: a
-                # forward pass is saved, and the ratio is exactly 1.
-                old_logprobs[rows] = logprobs.detach()
-                with torch.no_grad():
-                    ref_logprobs[rows] = reference(*inputs)
-            old, ref = old_logprobs[rows], ref_logprobs[rows]
-            loss, piece = grpo_loss(logprobs, old, ref, advantages[rows], mask[rows], config)
-            share = len(logprobs) / count
+    parameters, run = list(learner.parameters()), graphs or eager
+    pieces = micro_batches(len(advantages), config.num_generations, config.micro_batch_size)
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids
+
+    @torch.no_grad()
+    def score(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
+        scored = [reference(prompt_ids[s], prompt_mask[s], completion_ids[r]) for s, r in pieces]
+        return torch.cat(scored)
+
+    def gradient(prompt_ids, prompt_mask, completion_ids, mask, advantages, ref, old):
+        optimizer.zero_grad()
+        scored, stats = [], []
+        for some, rows in spread.exchanged_once(learner, pieces):
+            logprobs = learner(prompt_ids[some], prompt_mask[some], completion_ids[rows])
+            scored.append(logprobs.detach())
+            # At the first update nothing has moved since the rollout, so these are the old
+            # log-probabilities: a forward pass is saved, and the ratio is exactly 1.
+            past = scored[-1] if old is None else old[rows]
+            loss, piece = grpo_loss(logprobs, past, ref[rows], advantages[rows], mask[rows], config)
+            share = len(logprobs) / len(mask)
             (loss * share).backward()
-            stats = {name: total + share * piece[name] for name, total in stats.items()}
-        stats = spread.average(stats)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)
-        updates.append({**stats, "grad_norm": norm.item()})
-        if math.isfinite(stats["loss"]) and math.isfinite(norm):
+            stats.append({name: share * value for name, value in piece.items()})
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
+        totals = {name: sum(piece[name] for piece in stats) for name in stats[0]}
+        return torch.cat(scored), {**totals, "grad_norm": norm}, [p.grad for p in parameters]
+
+    updates, made, old_logprobs = [], [], None
+    data = *inputs, batch.mask, advantages, run(score, *inputs)
+    for _ in range(config.num_inner_updates):
+        logprobs, stats, gradients = run(gradient, *data, old_logprobs)
+        old_logprobs = logprobs if old_logprobs is None else old_logprobs
+        for p, grad in zip(parameters, gradients, strict=True):
+            p.grad = grad  # where a replay has left it
+        values = torch.stack(list(stats.values())).tolist()  # one wait for the device
+        updates.append(spread.average(dict(zip(stats, values, strict=True))))
+        if math.isfinite(updates[-1]["loss"]) and math.isfinite(updates[-1]["grad_norm"]):
             optimizer.step()
             made.append(updates[-1])
-        optimizer.zero_grad()
     # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
     kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
     some = made or updates
     means = {n: fmean(u[n] for u in some) for n in ("loss", "clip_fraction", "grad_norm")}
-    gap = max(spread.gather(((old_logprobs - batch.logprobs) * mask).abs().max().item()))
+    gap = max(spread.gather(((old_logprobs - batch.logprobs) * batch.mask).abs().max().item()))
     return {**kl, **means, "skipped_updates": len(updates) - len(made), "sampling_gap": gap}
 
 
@@ -370,6 +379,7 @@ class TrainState:
     problems: random.Random  # draws the training problems
     sampler: torch.Generator  # draws the tokens
     metrics: dict  # what grpo_metrics.json holds
+    graphs: Graphs | None = None  # where shapes are fixed; holds nothing that must be saved
 
     def __post_init__(self):
         self.learner = spread.synchronised(self.policy)  # the policy, as its gradients are computed
@@ -380,31 +390,19 @@ def train_iteration(
 ) -> dict[str, float]:
     """One turn of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
-    device, group = state.policy.model.device, config.num_generations
+    device, group, graphs = state.policy.model.device, config.num_generations, state.graphs
     problems = spread.share(training_problems(config.batch_size, state.problems, config))
-    prompts = encode_prompts(tokenizer, [p.question for p in problems], prompt, device)
-    batch = rollout(state.policy, tokenizer, prompts, group, config.max_new_tokens, state.sampler)
+    questions = [problem.question for problem in problems]
+    prompts = encode_prompts(tokenizer, questions, prompt, device, 16 if graphs else None)
+    length = config.max_new_tokens
+    batch = rollout(state.policy, tokenizer, prompts, group, length, state.sampler, graphs=graphs)
     parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
-    rewards = parts.sum(dim=1)  # (B*G,)
-    advantages = group_advantages(rewards, group)  # (B*G,)
+    advantages = group_advantages(parts.sum(dim=1), group).to(device)  # (B*G,)
     updates = update_policy(
-        state.learner, reference, state.optimizer, batch, advantages.to(device), config
+        state.learner, reference, state.optimizer, batch, advantages, config, graphs
     )
-    with_tags, exact = parts[:, 0] > 0, parts[:, 2] > 0  # (B*G,)
-    ends = torch.tensor(end_token_ids(state.policy.model, tokenizer), device=device)
-    by_part = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
-    mine = {
-        "reward": rewards.mean().item(),
-        **{f"reward_{name}": value for name, value in by_part},
-        "accuracy": exact.float().mean().item(),
-        # Estimated from the samples themselves: the mean of -log p, per token.
-        "entropy": completion_mean(-batch.logprobs, batch.mask).item(),
-        "wrong_in_tags": (with_tags & ~exact).float().mean().item(),
-        "cut_off": (~torch.isin(batch.completion_ids, ends).any(1)).float().mean().item(),
-        "completion_length": batch.mask.sum(dim=1).mean().item(),
-        "groups_without_signal": (advantages.view(-1, group) == 0).all(1).float().mean().item(),
-        "seconds": time.perf_counter() - started,
-    }
+    mine = describe_batch(batch, parts, advantages, end_token_ids(state.policy.model, tokenizer))
+    mine["seconds"] = time.perf_counter() - started
     return {**spread.average(mine), **updates}
 
 
@@ -418,9 +416,7 @@ def train(config: Config, stop: StopRequest) -> int:
         bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
         questions = [problem.question for problem in held_out_problems("validation", 4, config)]
-        prompts = encode_prompts(tokenizer, questions, make_prompt(config), device)
-        check_length(model, prompts[0], config.max_new_tokens)
-        check_shared_prefix(policy, *prompts)
+        check_fit(policy, tokenizer, questions, make_prompt(config), config.max_new_tokens)
     with spread.on_first(run_folder(Path(config.output_dir))):
         return train_in_folder(config, policy, tokenizer, stop)
 
@@ -434,7 +430,8 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))
     metrics = new_metrics(config, model)
-    state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics)
+    graphs = Graphs(sampler) if wanted(config.fixed_shapes, device) else None
+    state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics, graphs)
     # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
     # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
     reference = copy.deepcopy(policy)
@@ -466,7 +463,7 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
             if due and not stop.reason() and evaluations[-1]["iteration"] < len(history):
                 measure("validation", policy, len(history))
             books.keep_best()
-            ending = stop.reason() or reason_to_stop(metrics, config)
+            ending = stop.reason() or books.reason_to_stop()
             if ending:
                 break
             history.append(train_iteration(state, reference, tokenizer, prompt, config))

@@ -154,8 +154,8 @@ def test_each_completion_is_scored_against_the_answer_of_its_own_prompt(tiny, mo
     config = short_config("", batch_size=3, num_generations=4)
     asked, scored = [], []
 
-    def spy_rollout(*arguments):
-        batch = real_rollout(*arguments)
+    def spy_rollout(*arguments, **options):
+        batch = real_rollout(*arguments, **options)
         asked.extend(tokenizer.batch_decode(batch.prompt_ids))
         return batch
 
