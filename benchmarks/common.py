@@ -12,13 +12,15 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bookkeeping import new_metrics
@@ -87,6 +89,8 @@ def write_random_model(folder: Path, shape: dict) -> str:
 
 def load(work: Work):
     """Return (model, tokenizer, prompt) of a work; every prompt has work.prompt_tokens tokens."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(work.model, CPU)
     if work.endless:
         tokenizer.add_special_tokens({"eos_token": NEVER})
@@ -123,8 +127,13 @@ def time_work(work: Work, seconds: float, least: int = 3) -> dict:
         metrics = train_iteration(*inputs)
         samples.append(time.perf_counter() - started)
         assert not work.endless or metrics["completion_length"] == work.config.max_new_tokens
-    memories = {"memory_before_mib": rest, "peak_memory_mib": memory()}
-    return {"seconds": median(samples), "samples": samples, **memories}
+    return {
+        "parameters": inputs[0].policy.model.num_parameters(),
+        "seconds": median(samples),
+        "samples": samples,
+        "memory_before_mib": rest,
+        "peak_memory_mib": memory(),
+    }
 
 
 def in_own_process(function: Callable, *arguments):
@@ -149,10 +158,8 @@ def machine() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     described = {**describe_environment(CPU), "cpu": found[1] if found else None}
-    try:
+    with suppress(PackageNotFoundError):
         described["trl"] = version("trl")
-    except ModuleNotFoundError:
-        pass
     return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "environment": described}
 
 

@@ -13,20 +13,14 @@ AdamW and the same attention kernels. TRL runs without what would slow it down h
 checkpointing, logging, saving, progress bars.
 """
 
-import random
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import (
@@ -34,20 +28,13 @@ from benchmarks.common import (
     SMOLLM2,
     Work,
     in_own_process,
-    load,
-    memory,
-    start,
     write_random_model,
     write_result,
 )
-from cli import Parser, UserError, check_ranges, exit_code, setting
+from benchmarks.turns import LOOPS, Turn, take_turns
+from cli import Parser, check_ranges, exit_code, setting
 from plot_metrics import COLOURS, plt, save_figure
-from policy import Policy
-from rewards import describe
-from task import held_out_problems, training_problems
-from train_grpo import PRESETS, Config, evaluate, reward_function, train_iteration
-
-LOOPS = ("ours", "trl")
+from train_grpo import PRESETS, Config
 
 
 @dataclass
@@ -63,180 +50,6 @@ class Settings:
         "float32", "bfloat16: TRL as it is often run, which is no longer the same precision"
     )
     output: str = setting("", "result file; by default it goes beside this script")
-
-
-class Turn(NamedTuple):
-    """How long a loop may run: until it has made or used up one of these."""
-
-    iterations: int
-    seconds: float = float("inf")
-    evaluate: bool = False
-
-
-class Turns:
-    """A loop's side of the pipe: lets it run turn by turn, and reports on each."""
-
-    def __init__(self, pipe: Connection, report: Callable[[bool], dict]):
-        self.pipe, self.report = pipe, report
-        self.turn, self.samples, self.started = Turn(0), [], None
-
-    def go_on(self) -> bool:
-        """To be called before each iteration: waits for a turn; False when there are no more."""
-        now = time.perf_counter()
-        if self.started is not None:
-            self.samples.append(now - self.started)
-        while len(self.samples) >= self.turn.iterations or sum(self.samples) >= self.turn.seconds:
-            done = {"samples": self.samples, "peak_memory_mib": memory()}
-            self.pipe.send({**done, **self.report(self.turn.evaluate)})
-            busy = time.process_time()
-            self.turn, self.samples = self.pipe.recv(), []
-            if self.turn is None:
-                return False
-            assert time.process_time() - busy < 0.5, "it computed out of turn"
-        self.started = time.perf_counter()
-        return True
-
-
-def run_ours(work: Work, pipe: Connection, **_) -> None:
-    inputs = start(work)
-    state, _, tokenizer, prompt, config = inputs
-    lengths = []
-
-    def report(wanted: bool) -> dict:
-        return {"lengths": lengths, **measure(wanted, state.policy, tokenizer, prompt, config)}
-
-    turns = Turns(pipe, report)
-    while turns.go_on():
-        lengths.append(train_iteration(*inputs)["completion_length"])
-
-
-def run_trl(work: Work, pipe: Connection, trl_weights: str) -> None:
-    model, tokenizer, prompt = load(work)
-    trainer = make_trainer(work, model.to(getattr(torch, trl_weights)), tokenizer, prompt)
-    judge = Policy(load(work)[0]) if not work.endless else None
-
-    def report(wanted: bool) -> dict:
-        if wanted:
-            judge.model.load_state_dict(trainer.model.state_dict())
-        lengths = trainer._metrics["train"]["completions/mean_length"]
-        return {"lengths": lengths, **measure(wanted, judge, tokenizer, prompt, work.config)}
-
-    turns = Turns(pipe, report)
-
-    class TakeTurns(transformers.TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            control.should_training_stop = not turns.go_on()
-
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step % work.config.num_inner_updates == 0:
-                control.should_training_stop = not turns.go_on()
-
-    trainer.add_callback(TakeTurns())
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-
-
-def make_trainer(work: Work, model, tokenizer, prompt: dict):
-    """TRL's trainer with the settings of a work, and nothing that costs time without need."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = work.config
-    problems = training_problems(20_000, random.Random(config.seed), config)
-    chat = [{"role": "system", "content": prompt["system"]}]
-    rows = [
-        {"prompt": [*chat, {"role": "user", "content": p.question}], "answer": p.answer}
-        for p in problems
-    ]
-
-    def reward(completions: list, answer: list[int], **_) -> list[float]:
-        return reward_function([c[0]["content"] for c in completions], answer).sum(dim=1).tolist()
-
-    settings = GRPOConfig(
-        output_dir=str(Path(work.model).parent / "never_written"),
-        # the work
-        per_device_train_batch_size=config.batch_size * config.num_generations,
-        num_generations=config.num_generations,
-        num_iterations=config.num_inner_updates,
-        max_completion_length=config.max_new_tokens,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=config.clip_grad_norm,
-        beta=config.beta,
-        epsilon=config.epsilon,
-        loss_type="grpo",
-        scale_rewards="group",
-        use_bias_correction_kl=False,
-        seed=config.seed,
-        bf16=work.dtype == torch.bfloat16,  # autocast
-        # as fast as it can be had on a CPU
-        use_cpu=True,
-        optim="adamw_torch_fused",
-        gradient_checkpointing=False,
-        disable_dropout=True,
-        shuffle_dataset=False,
-        dataloader_pin_memory=False,
-        max_steps=10**9,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-
-
-def measure(wanted: bool, policy: Policy, tokenizer, prompt: dict, config: Config) -> dict:
-    """Accuracy on the test problems, if wanted."""
-    if not wanted:
-        return {}
-    problems = held_out_problems("test", config.eval_problems, config)
-    return {"accuracies": evaluate(policy, tokenizer, prompt, problems, config, seed=0)}
-
-
-def worker(loop: str, work: Work, pipe: Connection, trl_weights: str) -> None:
-    """The process of one loop."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    {"ours": run_ours, "trl": run_trl}[loop](work, pipe, trl_weights=trl_weights)
-
-
-def take_turns(work: Work, rounds: list[dict[str, Turn]], trl_weights: str) -> dict[str, list]:
-    """Run both loops in turn. Returns the reports of each; the first is of its set-up."""
-    context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in LOOPS}
-
-    def hear(loop: str) -> dict:
-        try:
-            reports[loop].append(pipes[loop].recv())
-        except EOFError:
-            raise UserError(f"the process of {loop} has failed; its last words are above") from None
-        return reports[loop][-1]
-
-    for loop in LOOPS:
-        pipes[loop], theirs = context.Pipe()
-        arguments = (loop, work, theirs, trl_weights)
-        context.Process(target=worker, args=arguments, daemon=True).start()
-        theirs.close()
-        hear(loop)
-    for number, turns in enumerate(rounds):
-        for loop, turn in turns.items():
-            pipes[loop].send(turn)
-            done = hear(loop)
-            what = f"{len(done['samples'])} iterations"
-            if done["samples"]:
-                what += f", {fmean(done['samples']):.3f} s each"
-            if turn.evaluate:
-                what += f", {describe(done['accuracies'])}"
-            print(f"round {number}, {loop}: {what}", flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
-    return reports
 
 
 def compare_speed(settings: Settings, work: Work) -> dict:
