@@ -29,6 +29,9 @@ from policy import Policy, describe_environment, encode_prompts, load_model, pea
 from task import Problem
 from train_grpo import Config, TrainState, make_prompt, train_iteration
 
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "tiny_model"
 CPU = torch.device("cpu")
@@ -89,8 +92,6 @@ def write_random_model(folder: Path, shape: dict) -> str:
 
 def load(work: Work):
     """Return (model, tokenizer, prompt) of a work; every prompt has work.prompt_tokens tokens."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(work.model, CPU)
     if work.endless:
         tokenizer.add_special_tokens({"eos_token": NEVER})

@@ -159,8 +159,6 @@ def measure(wanted: bool, policy: Policy, tokenizer, prompt: dict, config: Confi
 
 def worker(loop: str, work: Work, pipe: Connection, trl_weights: str) -> None:
     """The process of one loop."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     {"ours": run_ours, "trl": run_trl}[loop](work, pipe, trl_weights=trl_weights)
 
 
