@@ -55,7 +55,7 @@ class Work:
 
     model: str = str(BUNDLED)  # folder
     dtype: torch.dtype = torch.float32  # compute; the weights are float32
-    prompt_tokens: int = 22
+    prompt_tokens: int = 22  # the system line is filled up to make so many; 0: as it stands
     endless: bool = True  # every completion has max_new_tokens tokens
     # k3, as that is the one KL term which TRL has too.
     config: Config = field(
@@ -68,7 +68,7 @@ class Work:
         names += ("learning_rate", "beta", "kl_estimator", "epsilon", "clip_grad_norm")
         names += ("micro_batch_size",)
         config = {name: value for name, value in asdict(self.config).items() if name in names}
-        here = {"dtype": str(self.dtype), "prompt_tokens": self.prompt_tokens}
+        here = {"dtype": str(self.dtype), "prompt_tokens": self.prompt_tokens or None}
         return {**here, "end_token": not self.endless, **config}
 
 
@@ -91,17 +91,19 @@ def write_random_model(folder: Path, shape: dict) -> str:
 
 
 def load(work: Work):
-    """Return (model, tokenizer, prompt) of a work; every prompt has work.prompt_tokens tokens."""
+    """Return (model, tokenizer, prompt) of a work; its prompts have work.prompt_tokens tokens."""
     model, tokenizer = load_model(work.model, CPU)
     if work.endless:
         tokenizer.add_special_tokens({"eos_token": NEVER})
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         assert tokenizer.eos_token_id >= model.config.vocab_size, "the model could sample it"
     prompt = make_prompt(work.config)
-    question = Problem(1, "+", 2, "*", 3).question
-    missing = work.prompt_tokens - encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1]
-    prompt["system"] += "." * missing
-    assert encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1] == work.prompt_tokens
+    if work.prompt_tokens:
+        question = Problem(1, "+", 2, "*", 3).question
+        length = encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1]
+        prompt["system"] += "." * (work.prompt_tokens - length)
+        length = encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1]
+        assert length == work.prompt_tokens, f"a prompt has {length} tokens already"
     return model, tokenizer, prompt
 
 

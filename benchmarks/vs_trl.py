@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         work = Work()
         if settings.accuracy:
             # The preset's recipe, whose KL term is TRL's, on its own range of operands.
-            work = Work(endless=False, config=Config(**PRESETS["tiny"]))
+            recipe = Config(**PRESETS["tiny"])
+            work = Work(prompt_tokens=0, endless=False, config=recipe)
             result = compare_accuracy(settings, work, output.with_suffix(".png"))
         else:
             if settings.shape == "135m":

@@ -154,7 +154,8 @@ def test_both_loops_take_turns_and_are_written_down(flags, tmp_path):
     result = json.loads(output.read_text())
     if "accuracy" in flags:
         assert [len(result[loop]) for loop in ("ours", "trl")] == [2, 2]
-        assert result["ours"][0]["accuracies"] == result["trl"][0]["accuracies"]
+        before = result["ours"][0]["accuracies"]
+        assert before == result["trl"][0]["accuracies"] and before["sampled"]["accuracy"] > 0.3
         assert output.with_suffix(".png").exists()
     else:
         assert all(result[loop]["completion_length"] == 16 for loop in ("ours", "trl"))
