@@ -8,7 +8,8 @@ that an iteration needs, times this machine's matrix products at the very shapes
 times the parts of real iterations. Two floors:
 
 by peak rate   all operations at the best rate that any product reached here in this precision
-at the shapes  each product and each attention as fast as it alone runs at its own shape
+at the shapes  each product and each attention as fast as it alone runs at its own shape (attention
+               by the fused kernel or step by step, whichever is faster)
 
 Both leave out norms, activations, softmax, casts and Python. Decoding reads every weight for a few
 rows, so the first floor is out of its reach; the second is not.
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,13 +86,22 @@ def time_op(op: Op, dtype: torch.dtype, layers: int) -> tuple[float, float]:
     rows, heads, queries, context, size = op.sizes
     q = torch.randn(rows, heads, queries, size).to(dtype).requires_grad_()
     k, v = (torch.randn(rows, heads, context, size).to(dtype).requires_grad_() for _ in range(2))
-    out = F.scaled_dot_product_attention(q, k, v)
-    gradient = torch.randn_like(out)
-    with torch.no_grad():
-        forward = seconds_per_call(lambda i: F.scaled_dot_product_attention(q, k, v), 1)
-    return forward, seconds_per_call(
-        lambda i: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), 1
-    )
+    gradient = torch.randn(q.shape).to(dtype)
+    times = []
+    for attention in (F.scaled_dot_product_attention, plain_attention):
+        out = attention(q, k, v)
+        back = partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True)
+        with torch.no_grad():
+            forward = seconds_per_call(lambda _, attention=attention: attention(q, k, v), 1)
+        times.append((forward, seconds_per_call(lambda _, back=back: back(), 1)))
+    # Which of the two is faster depends on precision and shape, and on the direction.
+    return min(times)[0], min(backward for _, backward in times)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What scaled_dot_product_attention computes, in separate steps."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def best_rate(dtype: torch.dtype) -> float:

@@ -54,7 +54,7 @@ class Turns:
         return True
 
 
-def run_ours(work: Work, pipe: Connection, **_) -> None:
+def run_ours(work: Work, pipe: Connection) -> None:
     inputs = start(work)
     state, _, tokenizer, prompt, config = inputs
     lengths = []
@@ -67,9 +67,10 @@ def run_ours(work: Work, pipe: Connection, **_) -> None:
         lengths.append(train_iteration(*inputs)["completion_length"])
 
 
-def run_trl(work: Work, pipe: Connection, trl_weights: str) -> None:
+def run_trl(work: Work, pipe: Connection, weights: str, attention: str) -> None:
     model, tokenizer, prompt = load(work)
-    trainer = make_trainer(work, model.to(getattr(torch, trl_weights)), tokenizer, prompt)
+    model.to(getattr(torch, weights)).set_attn_implementation(attention)
+    trainer = make_trainer(work, model, tokenizer, prompt)
     judge = Policy(load(work)[0]) if not work.endless else None
 
     def report(wanted: bool) -> dict:
@@ -157,13 +158,11 @@ def measure(wanted: bool, policy: Policy, tokenizer, prompt: dict, config: Confi
     return {"accuracies": evaluate(policy, tokenizer, prompt, problems, config, seed=0)}
 
 
-def worker(loop: str, work: Work, pipe: Connection, trl_weights: str) -> None:
-    """The process of one loop."""
-    {"ours": run_ours, "trl": run_trl}[loop](work, pipe, trl_weights=trl_weights)
+def take_turns(work: Work, rounds: list[dict[str, Turn]], trl: dict[str, str]) -> dict[str, list]:
+    """Run both loops in turn; `trl` names TRL's weights' type and its attention.
 
-
-def take_turns(work: Work, rounds: list[dict[str, Turn]], trl_weights: str) -> dict[str, list]:
-    """Run both loops in turn. Returns the reports of each; the first is of its set-up."""
+    Returns the reports of each; the first is of its set-up.
+    """
     context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in LOOPS}
 
     def hear(loop: str) -> dict:
@@ -175,8 +174,9 @@ def take_turns(work: Work, rounds: list[dict[str, Turn]], trl_weights: str) -> d
 
     for loop in LOOPS:
         pipes[loop], theirs = context.Pipe()
-        arguments = (loop, work, theirs, trl_weights)
-        context.Process(target=worker, args=arguments, daemon=True).start()
+        run, options = (run_ours, {}) if loop == "ours" else (run_trl, trl)
+        arguments = (work, theirs)
+        context.Process(target=run, args=arguments, kwargs=options, daemon=True).start()
         theirs.close()
         hear(loop)
     for number, turns in enumerate(rounds):

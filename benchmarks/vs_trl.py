@@ -9,8 +9,8 @@ Writes vs_trl.json, vs_trl_135m.json or vs_trl_accuracy.json and .png here, or t
 Each loop lives in a process of its own, so that peak memory is its own too. They take turns, many
 times, and never compute at once: what disturbs the machine disturbs both. An iteration is one batch
 of groups and all its updates. Both compute in the same precision on float32 weights, with fused
-AdamW and the same attention kernels. TRL runs without what would slow it down here: gradient
-checkpointing, logging, saving, progress bars.
+AdamW. TRL takes the attention that is faster for it, and runs without what would slow it down
+here: gradient checkpointing, logging, saving, progress bars.
 """
 
 import sys
@@ -49,10 +49,13 @@ class Settings:
     trl_weights: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16: TRL as it is often run, which is no longer the same precision"
     )
+    trl_attention: Literal["auto", "sdpa", "eager"] = setting(
+        "auto", "TRL's attention; auto is the faster one here: eager in bfloat16, else sdpa"
+    )
     output: str = setting("", "result file; by default it goes beside this script")
 
 
-def compare_speed(settings: Settings, work: Work) -> dict:
+def compare_speed(settings: Settings, work: Work, trl: dict[str, str]) -> dict:
     """Seconds per iteration and peak memory of both loops, and the ratio of the former."""
     large = settings.shape == "135m"
     count = settings.rounds or (2 if large else 8)
@@ -62,7 +65,7 @@ def compare_speed(settings: Settings, work: Work) -> dict:
         "trl": Turn(settings.trl_iterations or (1 if large else 4)),
     }
     rounds = [dict.fromkeys(LOOPS, Turn(warmup))] if warmup else []
-    reports = take_turns(work, rounds + [turns] * count, settings.trl_weights)
+    reports = take_turns(work, rounds + [turns] * count, trl)
     result = {}
     for loop, (ready, *played) in reports.items():
         lengths = set(played[-1]["lengths"])
@@ -86,12 +89,12 @@ def compare_speed(settings: Settings, work: Work) -> dict:
     return result
 
 
-def compare_accuracy(settings: Settings, work: Work, picture: Path) -> dict:
+def compare_accuracy(settings: Settings, work: Work, trl: dict[str, str], picture: Path) -> dict:
     """Test accuracy of both loops after equal times of training; evaluating is not counted."""
     count = settings.rounds or 8
     rounds = [dict.fromkeys(LOOPS, Turn(0, evaluate=True))]
     turn = Turn(10**9, settings.seconds / count, evaluate=True)
-    reports = take_turns(work, rounds + [dict.fromkeys(LOOPS, turn)] * count, settings.trl_weights)
+    reports = take_turns(work, rounds + [dict.fromkeys(LOOPS, turn)] * count, trl)
     result = {}
     for loop, (_, *played) in reports.items():
         seconds, iterations, result[loop] = 0.0, 0, []
@@ -130,18 +133,20 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(settings.output or HERE / f"{name}.json")
     with TemporaryDirectory() as folder:
         work = Work()
+        faster = "eager" if settings.shape == "135m" else "sdpa"
+        attention = faster if settings.trl_attention == "auto" else settings.trl_attention
+        trl = {"weights": settings.trl_weights, "attention": attention}
         if settings.accuracy:
             # The preset's recipe, whose KL term is TRL's, on its own range of operands.
             recipe = Config(**PRESETS["tiny"])
             work = Work(prompt_tokens=0, endless=False, config=recipe)
-            result = compare_accuracy(settings, work, output.with_suffix(".png"))
+            result = compare_accuracy(settings, work, trl, output.with_suffix(".png"))
         else:
             if settings.shape == "135m":
                 model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
                 work = replace(work, model=model, dtype=torch.bfloat16, prompt_tokens=82)
-            result = compare_speed(settings, work)
-    chosen = {"work": work.describe(), "trl_weights": settings.trl_weights}
-    write_result(output, {**chosen, **result})
+            result = compare_speed(settings, work, trl)
+    write_result(output, {"work": work.describe(), "trl_settings": trl, **result})
     return 0
 
 
