@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -134,10 +134,11 @@ def draw(axes: dict[str, dict], micro_batch_size: int, picture: Path) -> None:
         if len(curves) > 1:
             seconds.legend(fontsize=7.5)
         for each in (seconds, memory):
-            each.set_xticks(x, [f"{value:.2g}" if value > 999 else value for value in x])
+            each.set_xticks(x, [f"{v / 1e6:.1f}M" if v > 9999 else v for v in x])
             each.grid(alpha=0.3)
         for scale in (seconds.xaxis, seconds.yaxis, memory.xaxis):
             scale.set_minor_formatter(NullFormatter())
+        seconds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         seconds.yaxis.set_major_formatter("{x:g}")
     panels[0, 0].set_ylabel("seconds per iteration; line: fit")
     panels[1, 0].set_ylabel("peak memory, MiB")

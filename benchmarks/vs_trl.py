@@ -9,8 +9,8 @@ Writes vs_trl.json, vs_trl_135m.json or vs_trl_accuracy.json and .png here, or t
 Each loop lives in a process of its own, so that peak memory is its own too. They take turns, many
 times, and never compute at once: what disturbs the machine disturbs both. An iteration is one batch
 of groups and all its updates. Both compute in the same precision on float32 weights, with fused
-AdamW. TRL takes the attention that is faster for it, and runs without what would slow it down
-here: gradient checkpointing, logging, saving, progress bars.
+AdamW. TRL runs without what would slow it down here: gradient checkpointing, logging, saving,
+progress bars.
 """
 
 import sys
@@ -49,9 +49,7 @@ class Settings:
     trl_weights: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16: TRL as it is often run, which is no longer the same precision"
     )
-    trl_attention: Literal["auto", "sdpa", "eager"] = setting(
-        "auto", "TRL's attention; auto is the faster one here: eager in bfloat16, else sdpa"
-    )
+    trl_attention: Literal["sdpa", "eager"] = setting("sdpa", "TRL's attention kernel")
     output: str = setting("", "result file; by default it goes beside this script")
 
 
@@ -133,9 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(settings.output or HERE / f"{name}.json")
     with TemporaryDirectory() as folder:
         work = Work()
-        faster = "eager" if settings.shape == "135m" else "sdpa"
-        attention = faster if settings.trl_attention == "auto" else settings.trl_attention
-        trl = {"weights": settings.trl_weights, "attention": attention}
+        trl = {"weights": settings.trl_weights, "attention": settings.trl_attention}
         if settings.accuracy:
             # The preset's recipe, whose KL term is TRL's, on its own range of operands.
             recipe = Config(**PRESETS["tiny"])
