@@ -133,7 +133,7 @@ def test_prompts_of_one_length_make_one_recording_whatever_they_hold(tiny, graph
             state, copy.deepcopy(policy), tokenizer, make_prompt(config), config
         )
         assert metrics["sampling_gap"] < 1e-4 and state.problems.getstate() != problems
-    for (name, ids, *_), _ in graphs.recordings.items():
+    for _, ids, *_ in graphs.recordings:
         widths.add(ids[0][1])
     # Sampling, the reference, the first update and the later ones.
     assert widths == {32} and len(graphs.recordings) == 4, graphs.recordings.keys()
