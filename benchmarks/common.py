@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import policy
 from bookkeeping import new_metrics
 from checkpoint import prepare_output_dir, write_json
 from policy import Policy, describe_environment, encode_prompts, load_model, peak_memory
@@ -37,6 +38,8 @@ BUNDLED = HERE.parent / "tiny_model"
 CPU = torch.device("cpu")
 NEVER = "<|never|>"  # ends a completion, and has an id that no model here can sample
 
+# Of which the last 9 tokens are the question, less its first words, and the turn.
+LONG_PROMPTS = {"prompt_tokens": 82, "beginning": 73}
 # What `--shape 135m` is: SmolLM2-135M's shape, with random weights.
 SMOLLM2 = {
     "hidden_size": 576,
@@ -56,11 +59,18 @@ class Work:
     model: str = str(BUNDLED)  # folder
     dtype: torch.dtype = torch.float32  # compute; the weights are float32
     prompt_tokens: int = 22  # the system line is filled up to make so many; 0: as it stands
+    beginning: int = 13  # tokens that all prompts begin with
     endless: bool = True  # every completion has max_new_tokens tokens
     # k3, as that is the one KL term which TRL has too.
     config: Config = field(
         default_factory=lambda: Config(min_operand=0, max_operand=9, kl_estimator="k3")
     )
+
+    @property
+    def read_once(self) -> int:
+        """How many tokens of the prompts the loop reads once for the whole batch."""
+        saved = self.beginning * (self.config.batch_size - 1)
+        return self.beginning if saved >= policy.WORTH_A_PASS else 0
 
     def describe(self) -> dict:
         """The work as a result file names it."""
@@ -99,11 +109,12 @@ def load(work: Work):
         assert tokenizer.eos_token_id >= model.config.vocab_size, "the model could sample it"
     prompt = make_prompt(work.config)
     if work.prompt_tokens:
-        question = Problem(1, "+", 2, "*", 3).question
-        length = encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1]
+        questions = [Problem(1, "+", 2, "*", 3).question, Problem(2, "-", 3, "+", 4).question]
+        length = encode_prompts(tokenizer, questions, prompt, CPU)[0].shape[1]
         prompt["system"] += "." * (work.prompt_tokens - length)
-        length = encode_prompts(tokenizer, [question], prompt, CPU)[0].shape[1]
-        assert length == work.prompt_tokens, f"a prompt has {length} tokens already"
+        ids, _ = encode_prompts(tokenizer, questions, prompt, CPU)
+        assert ids.shape[1] == work.prompt_tokens, f"a prompt has {length} tokens already"
+        assert (ids[0] == ids[1]).long().cumprod(0).sum() == work.beginning
     return model, tokenizer, prompt
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo
 from benchmarks.common import (
     HERE,
+    LONG_PROMPTS,
     SMOLLM2,
     Work,
     in_own_process,
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         work = Work()
         if large:
             model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
-            work = replace(work, model=model, dtype=torch.bfloat16, prompt_tokens=82)
+            work = replace(work, model=model, dtype=torch.bfloat16, **LONG_PROMPTS)
         count = settings.iterations or (2 if large else 20)
         model, parameters, seconds = in_own_process(time_phases, work, count)
         rate, floor = in_own_process(floors, model, work)

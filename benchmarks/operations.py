@@ -46,12 +46,15 @@ def forward_ops(model, rows: int, tokens: int, context: int, logits: int) -> lis
 def operations(model, work: Work) -> dict[str, list[Op]]:
     """What one iteration needs, by phase; "backward" lists the forward that it belongs to.
 
-    Each prompt is read once per pass and serves its whole group; the last token of a completion is
+    Each prompt is read once per pass and serves its whole group (and what all prompts begin with
+    serves the whole batch, where that pays); the last token of a completion is
     never read; logits are made where a token follows. A backward pass is two products per product.
     """
     c, prompt = work.config, work.prompt_tokens
     rows, new = c.batch_size * c.num_generations, c.max_new_tokens
-    prefix = forward_ops(model, c.batch_size, prompt, prompt, logits=c.batch_size)
+    once = work.read_once
+    prefix = forward_ops(model, 1, once, once, logits=1) if once else []
+    prefix += forward_ops(model, c.batch_size, prompt - once, prompt, logits=c.batch_size)
     steps = [forward_ops(model, rows, 1, prompt + step, logits=rows) for step in range(1, new)]
     rest = rows * (new - 1)
     whole = prefix + (forward_ops(model, rows, new - 1, prompt + new - 1, rest) if rest else [])

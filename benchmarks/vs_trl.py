@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import (
     HERE,
+    LONG_PROMPTS,
     SMOLLM2,
     Work,
     in_own_process,
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if settings.shape == "135m":
                 model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
-                work = replace(work, model=model, dtype=torch.bfloat16, prompt_tokens=82)
+                work = replace(work, model=model, dtype=torch.bfloat16, **LONG_PROMPTS)
             result = compare_speed(settings, work, trl)
     write_result(output, {"work": work.describe(), "trl_settings": trl, **result})
     return 0
