@@ -19,9 +19,9 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import transformers  # whose parts are loaded when they are first used
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 import spread
 from checkpoint import read_json, replace_folder, write_json
@@ -146,8 +146,8 @@ def load_model(name: str, device: torch.device):
         )
     source = str(folder or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
             use_safetensors=True,
@@ -213,12 +213,26 @@ def encode_prompts(
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Attention in plain steps, in which the heads that share a key share one matrix product.
+
+    query: (N, H, S, D); key, value: (N, K, L, D); attention_mask: (N, 1, S, L), added. As the
+    transformers library wants it, returns ((N, S, H, D), None).
+    """
+    rows, heads, steps, size = query.shape
+    shared = query.reshape(rows, key.shape[1], -1, size)  # (N, K, H/K*S, D)
+    scores = (shared @ key.transpose(2, 3) * scaling).view(rows, heads, steps, -1)
+    weights = (scores + attention_mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    mixed = weights.view(*shared.shape[:3], -1) @ value  # (N, K, H/K*S, D)
+    return mixed.view(query.shape).transpose(1, 2).contiguous(), None
+
+
 @dataclass
 class Context:
     """What a model has read so far, of N sequences: all that it needs to read on."""
 
     weights: dict[str, Tensor]  # what it computes with, where those are not its own
-    cache: DynamicCache
+    cache: "transformers.DynamicCache"
     mask: Tensor  # (N, S): 1 on real tokens
 
     def repeat(self, count: int) -> None:
@@ -239,8 +253,12 @@ class Policy(nn.Module):
         self.model = model.eval()  # no dropout: the ratio compares two passes over the same tokens
         self.compute_dtype = compute_dtype
         if compute_dtype == torch.bfloat16 and model.device.type == "cpu":
-            # There PyTorch's fused attention takes twice the time, forward and backward.
-            model.set_attn_implementation("eager")
+            # There PyTorch's fused attention takes more than twice the time.
+            fused = model.config._attn_implementation == "sdpa"
+            transformers.AttentionInterface.register("grouped", grouped_attention)
+            masks = transformers.AttentionMaskInterface
+            masks.register("grouped", masks()["eager"])
+            model.set_attn_implementation("grouped" if fused else "eager")
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
         """Return the log-probability of each completion token given all that stands before it.
@@ -264,7 +282,7 @@ class Policy(nn.Module):
         cast = self.compute_dtype != torch.float32
         parameters = self.model.named_parameters() if cast else ()
         weights = {name: p.to(self.compute_dtype) for name, p in parameters}
-        context = Context(weights, DynamicCache(), prompt_mask[:, :0])
+        context = Context(weights, transformers.DynamicCache(), prompt_mask[:, :0])
         padding = prompt_ids.shape[1] - prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
         begin = self.common_beginning(prompt_ids, padding)
         if begin:
@@ -369,7 +387,7 @@ def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: s
     """Write a model that plain `from_pretrained` loads, how to ask it, and its card."""
     model = copy.copy(model)  # shallow: the weights are shared, the generation config is not
     # Greedy without penalties, so that plain `generate` agrees with the greedy accuracy measured.
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         do_sample=False,
         eos_token_id=end_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from benchmarks.common import Work
@@ -43,8 +44,17 @@ def forward_ops(model, rows: int, tokens: int, context: int, logits: int) -> lis
     ]
 
 
+def only_cached(model, tokens: int) -> list[Op]:
+    """What one sequence takes whose keys and values alone are used: the rest of the last layer, and
+    the logits, get no gradient."""
+    below = SimpleNamespace(**{**vars(model), "num_hidden_layers": model.num_hidden_layers - 1})
+    keys = model.num_key_value_heads * model.head_dim
+    *ops, _ = forward_ops(below, 1, tokens, tokens, logits=0)
+    return [*ops, Op("linear", (tokens, model.hidden_size, keys), 2)]
+
+
 def operations(model, work: Work) -> dict[str, list[Op]]:
-    """What one iteration needs, by phase; "backward" lists the forward that it belongs to.
+    """What one iteration needs, by phase; "backward" lists the forward that is gone back through.
 
     Each prompt is read once per pass and serves its whole group (and what all prompts begin with
     serves the whole batch, where that pays); the last token of a completion is
@@ -53,14 +63,21 @@ def operations(model, work: Work) -> dict[str, list[Op]]:
     c, prompt = work.config, work.prompt_tokens
     rows, new = c.batch_size * c.num_generations, c.max_new_tokens
     once = work.read_once
-    prefix = forward_ops(model, 1, once, once, logits=1) if once else []
-    prefix += forward_ops(model, c.batch_size, prompt - once, prompt, logits=c.batch_size)
+    first = forward_ops(model, 1, once, once, logits=1) if once else []
+    prefix = forward_ops(model, c.batch_size, prompt - once, prompt, logits=c.batch_size)
     steps = [forward_ops(model, rows, 1, prompt + step, logits=rows) for step in range(1, new)]
     rest = rows * (new - 1)
     whole = prefix + (forward_ops(model, rows, new - 1, prompt + new - 1, rest) if rest else [])
-    updates = [op._replace(times=op.times * c.num_inner_updates) for op in whole]
-    rollout = prefix + [op for step in steps for op in step]
-    return {"rollout": rollout, "reference": whole, "forward": updates, "backward": updates}
+
+    def updates(ops: list[Op]) -> list[Op]:
+        return [op._replace(times=op.times * c.num_inner_updates) for op in ops]
+
+    return {
+        "rollout": first + prefix + [op for step in steps for op in step],
+        "reference": first + whole,
+        "forward": updates(first + whole),
+        "backward": updates((only_cached(model, once) if once else []) + whole),
+    }
 
 
 def count_flops(model, work: Work) -> dict[str, int]:

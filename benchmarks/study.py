@@ -4,8 +4,8 @@
     python benchmarks/study.py --seeds 1    # a third of them
 
 Starts from the `tiny` preset and changes the learning rate, the KL term, its weight or the number
-of inner updates; three seeds of each. Prints a table and writes study.json and study.png here, or to
---output. What the result file holds already is not run again: delete it to start afresh.
+of inner updates; three seeds of each. Prints a table, and writes study.json and study.png here or
+to --output. What the result file holds is not run again: delete it to start afresh.
 """
 
 import json

@@ -99,6 +99,18 @@ MUTANTS = [
         "test_logprobs.py",
     ),
     in_policy(
+        "grouped attention without its mask",
+        "weights = (scores + attention_mask)",
+        "weights = (scores + 0 * attention_mask)",
+        "test_logprobs.py",
+    ),
+    in_policy(
+        "grouped attention scaled twice",
+        "key.transpose(2, 3) * scaling",
+        "key.transpose(2, 3) * scaling**2",
+        "test_logprobs.py",
+    ),
+    in_policy(
         "dropout left on",
         "self.model = model.eval()",
         "self.model = model",

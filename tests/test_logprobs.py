@@ -73,6 +73,20 @@ def test_shared_prefix_scores_ragged_completions_like_whole_sequences(name, begi
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_on_a_cpu_attends_as_the_model_itself_does(name):
+    policy, batch = Policy(small_model(name), torch.bfloat16), ragged_batch(PROMPTS, COMPLETIONS)
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids
+    mine = policy(*inputs)
+    assert policy.model.config._attn_implementation == ("eager" if name == "gemma2" else "grouped")
+    policy.compute_dtype = torch.float32
+    exact = policy(*inputs)
+    policy.model.set_attn_implementation("eager")
+    torch.testing.assert_close(exact, policy(*inputs), rtol=0, atol=1e-5)
+    assert (mine - exact)[batch.mask.bool()].abs().max() < 0.1
+    assert exact.dtype == mine.dtype == torch.float32 and not torch.equal(mine, exact)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shared_prefix_scores_completions_that_all_stop_at_once(name, beginning_shared):
     at_once = [completion[:1] for completion in COMPLETIONS]
     assert_same_logprobs(Policy(small_model(name)), PROMPTS, at_once)
