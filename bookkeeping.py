@@ -272,15 +272,14 @@ class Bookkeeper:
         if self.writes:
             save_model(policy.model, self.tokenizer, self.prompt, self.output, self.metrics)
 
-    def best_policy(self, reference: Policy) -> Policy:
+    def best_policy(self) -> Policy:
         """The policy that was best: the last one, the one before training, or the one saved."""
         policy, best = self.state.policy, self.metrics["best_iteration"]
         if best == len(self.history):
             return policy
-        if best == 0:
-            return reference
         if self.writes:
-            model, _ = load_model(str(self.output / "saved_model"), policy.model.device)
+            place = str(self.output / "saved_model") if best else self.config.model_name
+            model, _ = load_model(place, policy.model.device)
             policy = Policy(model, policy.compute_dtype)
         spread.broadcast(policy.parameters())  # into those that the others have trained to the end
         return policy

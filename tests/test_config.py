@@ -11,7 +11,8 @@ import inference
 import plot_metrics
 import train_grpo
 from cli import UserError, exit_code
-from train_grpo import EXAMPLES, PRESETS, Config, parse_config
+from task import EXAMPLES
+from train_grpo import PRESETS, Config, parse_config
 
 RECIPE = {
     "model_name": "Qwen/Qwen2.5-0.5B-Instruct",

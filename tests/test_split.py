@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from train_grpo import EXAMPLES, Config, Problem, held_out_problems, training_problems
+from task import EXAMPLES
+from train_grpo import Config, Problem, held_out_problems, training_problems
 
 COMMUTATIVE = {"+": True, "*": True, "-": False}
 
