@@ -1,6 +1,6 @@
 """One training on several processes and machines, with what PyTorch brings along for it.
 
-    torchrun --nproc_per_node=2 train_grpo.py --preset tiny
+    torchrun --standalone --nproc_per_node=2 train_grpo.py --preset tiny
 
 torchrun starts the processes, counts them (rank 0, 1, ...) and ends them all when one fails;
 `DistributedDataParallel` averages the gradients, `torch.distributed` carries everything else.
@@ -39,8 +39,9 @@ def launcher() -> list[str]:
     """How these processes were started: the words before the script's name."""
     if not dist.is_torchelastic_launched():
         return ["python"]
-    words = {"--nnodes": "GROUP_WORLD_SIZE", "--nproc_per_node": "LOCAL_WORLD_SIZE"}
-    return ["torchrun", *(f"{flag}={os.environ[name]}" for flag, name in words.items())]
+    machines, here = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    where = "--standalone" if machines == "1" else f"--nnodes={machines}"
+    return ["torchrun", where, f"--nproc_per_node={here}"]
 
 
 @contextmanager
@@ -99,11 +100,11 @@ def resume_stream(sampler: torch.Generator, states: Tensor, metrics: dict) -> No
     """Give `sampler` its own of the `states` (uint8) of all that there were, or a new stream."""
     found = states.split(len(sampler.get_state()))
     if rank() < len(found):
-        sampler.set_state(found[rank()])
+        sampler.set_state(found[rank()].clone())  # it would read a view from the wrong place
     else:
         sampler.manual_seed(stream(metrics["config"]["seed"], len(metrics["iterations"])))
     if len(found) != size():
-        print(f"note: {len(found)} processes before, {size()} now; other samples will be drawn")
+        print(f"note: processes: {len(found)} before, {size()} now; other samples will be drawn")
 
 
 @contextmanager

@@ -23,11 +23,17 @@ FLAGS = (
 )
 
 
-def start(folder: Path, *flags, **options) -> subprocess.Popen:
+def torchrun(processes: int, *flags: str) -> list[str]:
+    """The command that runs a script in several processes."""
+    several = ["--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, "-m", "torch.distributed.run", *several, *flags]
+
+
+def start(folder: Path, *flags, launcher=(sys.executable,), **options) -> subprocess.Popen:
     """Start a training in `folder`; what it prints goes to the files `out` and `err` beside it."""
     with open(f"{folder}.out", "a") as out, open(f"{folder}.err", "a") as err:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "train_grpo.py"), *FLAGS, *map(str, flags)],
+            [*launcher, str(ROOT / "train_grpo.py"), *FLAGS, *map(str, flags)],
             cwd=folder,
             stdout=out,
             stderr=err,
