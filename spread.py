@@ -9,8 +9,13 @@ Started without torchrun there is one process, of rank 0, and nothing here does 
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextlib import redirect_stdout as redirected
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+)
 from datetime import timedelta
 
 import torch
@@ -52,7 +57,7 @@ def joined() -> Iterator[None]:
         return
     # No backend is named: PyTorch takes Gloo for what is on the CPU and NCCL for what is on CUDA.
     dist.init_process_group(timeout=PATIENCE)
-    with open(os.devnull, "w") as nowhere, redirected(nowhere) if rank() else nullcontext():
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
         yield
     dist.destroy_process_group()  # but not after an error: it could wait for a process that failed
 

@@ -3,6 +3,7 @@
     python train_grpo.py                       # the preset that suits this machine
     python train_grpo.py --preset reference    # the reference recipe, on Qwen2.5-0.5B-Instruct
     python train_grpo.py --preset tiny --seed 1 --output_dir runs/seed1
+    torchrun --standalone --nproc_per_node=8 train_grpo.py --batch_size 32   # eight GPUs
 
 GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network: it samples a group of G
 completions for each of B problems, scores them, and takes how far a reward lies above the mean of

@@ -37,6 +37,10 @@ def in_task(name: str, code: str, broken: str, tests: str) -> Mutant:
     return Mutant(name, "task.py", code, broken, tests)
 
 
+def in_spread(name: str, code: str, broken: str, tests: str) -> Mutant:
+    return Mutant(name, "spread.py", code, broken, tests)
+
+
 MUTANTS = [
     in_policy(
         "no position ids",
@@ -367,6 +371,48 @@ MUTANTS = [
         "sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))",
         "sampler = torch.Generator(device); sampler.seed()",
         "test_determinism.py",
+    ),
+    in_trainer(
+        "every process takes the whole batch",
+        "problems = spread.share(training_problems(config.batch_size, state.problems, config))",
+        "problems = training_problems(config.batch_size, state.problems, config)",
+        "test_distributed.py",
+    ),
+    in_trainer(
+        "metrics of the first process alone",
+        "stats = spread.average(stats)",
+        "stats = spread.gather(stats)[0]",
+        "test_distributed.py",
+    ),
+    in_trainer(
+        "the same sampling stream in each process",
+        "sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))",
+        "sampler = torch.Generator(device).manual_seed(config.seed)",
+        "test_distributed.py",
+    ),
+    in_spread(
+        "gradients not exchanged",
+        "    yield last",
+        "    with learner.no_sync() if several else nullcontext(): yield last",
+        "test_distributed.py",
+    ),
+    in_trainer(
+        "loss divided among the processes twice",
+        "share = len(logprobs) / count",
+        "share = len(logprobs) / count / spread.size()",
+        "test_distributed.py",
+    ),
+    in_spread(
+        "streams that differ where no generator looks",
+        "seed + 0x9E3779B9 * rank()",
+        "seed + 0x100000000 * rank()",
+        "test_distributed.py",
+    ),
+    in_spread(
+        "samplers of the others not resumed",
+        "    if rank() < len(found):",
+        "    if rank() < 1:",
+        "test_distributed.py",
     ),
     in_task(
         "operands not sorted",

@@ -23,6 +23,7 @@ from task import Problem
 from train_grpo import Rollout, TrainState, make_prompt, train_iteration
 
 MICRO_BATCHES = (0, 2)
+asked = []  # how many problems, rollout after rollout
 
 
 def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
@@ -31,6 +32,7 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
     So every process, however few problems it has, trains on its share of the same ones.
     """
     texts = []
+    asked.append(len(prompts[0]))
     for chat in tokenizer.batch_decode(prompts[0]):
         a, op1, b, op2, c = re.search(r"\((-?\d+) (.) (-?\d+)\) (.) (-?\d+)", chat).groups()
         problem = Problem(int(a), op1, int(b), op2, int(c))
@@ -47,7 +49,10 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
 
 
 def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Returns the metrics of each and, by name, the weights after them and all gradients used."""
+    """Returns the metrics of each and, by name, the weights after them and all gradients used.
+
+    The metrics are joined by `problems`, how many this process was asked.
+    """
     model, tokenizer = load_model(str(TINY), torch.device("cpu"))
     if spread.rank():  # what it began with must not matter
         with torch.no_grad():
@@ -68,6 +73,7 @@ def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch
         prompt = make_prompt(config)
         done = [train_iteration(state, reference, tokenizer, prompt, config) for _ in range(3)]
     tensors |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    done = [{**m, "problems": n} for m, n in zip(done, asked[-3:], strict=True)]
     return done, tensors
 
 
