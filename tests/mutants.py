@@ -380,8 +380,8 @@ MUTANTS = [
     ),
     in_trainer(
         "metrics of the first process alone",
-        "stats = spread.average(stats)",
-        "stats = spread.gather(stats)[0]",
+        "updates.append(spread.average(dict(zip(stats, values, strict=True))))",
+        "updates.append(spread.gather(dict(zip(stats, values, strict=True)))[0])",
         "test_distributed.py",
     ),
     in_trainer(
@@ -398,8 +398,8 @@ MUTANTS = [
     ),
     in_trainer(
         "loss divided among the processes twice",
-        "share = len(logprobs) / count",
-        "share = len(logprobs) / count / spread.size()",
+        "share = len(logprobs) / len(mask)",
+        "share = len(logprobs) / len(mask) / spread.size()",
         "test_distributed.py",
     ),
     in_spread(

@@ -26,7 +26,7 @@ MICRO_BATCHES = (0, 2)
 asked = []  # how many problems, rollout after rollout
 
 
-def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
+def given_completions(policy, tokenizer, prompts, group: int, *rest, **options) -> Rollout:
     """Stands in for `rollout`: completions that depend on the question alone, right ones and wrong.
 
     So every process, however few problems it has, trains on its share of the same ones.
