@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from cli import UserError
 
 METRICS_FILE = "grpo_metrics.json"
 CHECKPOINTS = "checkpoints"
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 
 
 def sync(path: Path) -> None:
@@ -100,17 +101,13 @@ def run_folder(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(
-                    f"another run is writing to {path.resolve()}; wait for it, or choose another"
-                    " --output_dir"
-                ) from error
+                text = f"another run is writing to {path.resolve()}; choose another --output_dir"
+                raise UserError(text) from error
             yield
     except (OSError, SafetensorError) as error:  # the latter's text holds what the system said
         place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise UserError(
-            f"cannot write {place or path}: {reason or error}. What was complete in {path} is as"
-            " it was: put this right, then go on with --resume"
-        ) from error
+        text = f"cannot write {place or path}: {reason or error}. What was complete in {path} is as"
+        raise UserError(text + " it was: put this right, then go on with --resume") from error
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -144,17 +141,19 @@ def save_checkpoint(state, samplers, output: Path) -> None:
     root.mkdir(exist_ok=True)  # but not `output`: where that was deleted, the run must not go on
     for left_over in root.glob("*.tmp"):
         shutil.rmtree(left_over)
-    tensors = {f"policy.{n}": p.detach() for n, p in state.policy.named_parameters()}
+    weights = {f"policy.{n}": p.detach() for n, p in state.policy.named_parameters()}
+    parts = {"policy": weights | {"sampler": samplers}}  # a file each: writing one takes a copy
     for index, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
-    tensors["sampler"] = samplers
+        for slot, value in slots.items():
+            parts.setdefault(slot, {})[f"optimizer.{index}.{slot}"] = value
     rest = {"problems": state.problems.getstate(), "metrics": state.metrics}
     beside = root / f"{iteration}.tmp"
     beside.mkdir()
     try:
-        save_file(tensors, beside / TENSORS)
+        for name, tensors in parts.items():
+            save_file(tensors, beside / f"{name}.safetensors")
         (beside / STATE).write_text(json.dumps(rest), encoding="utf-8")
-        sums = {name: sha256(beside / name) for name in (TENSORS, STATE)}
+        sums = {path.name: sha256(path) for path in beside.iterdir()}
         (beside / MANIFEST).write_text(json.dumps({"sha256": sums}), encoding="utf-8")
         for path in (*beside.iterdir(), beside):
             sync(path)
@@ -188,9 +187,11 @@ def load_checkpoint(output: Path) -> tuple[dict, dict] | None:
     for folder in folders:
         try:
             sums = read_json(folder / MANIFEST).get("sha256")
-            if sums != {name: sha256(folder / name) for name in (TENSORS, STATE)}:
+            files = [path for path in folder.iterdir() if path.name != MANIFEST]
+            if sums != {path.name: sha256(path) for path in files}:
                 raise UserError("its checksums do not match")
-            return load_file(folder / TENSORS), read_json(folder / STATE)
+            parts = [load_file(path).items() for path in files if path.suffix == ".safetensors"]
+            return dict(chain(*parts)), read_json(folder / STATE)
         except (UserError, OSError, SafetensorError) as error:
             print(f"checkpoint {folder} is damaged, trying the one before it: {error}")
     if folders:

@@ -352,12 +352,19 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def micro_batches(rows: int, group: int, size: int) -> list[tuple[slice, slice]]:
-    """Cut B*G completions into pieces of `size`: (slice of the prompts, slice of completions)."""
-    starts = range(0, rows, size or rows)
-    stops = [min(start + (size or rows), rows) for start in starts]
-    prompts = [slice(a // group, math.ceil(b / group)) for a, b in zip(starts, stops, strict=True)]
-    return list(zip(prompts, map(slice, starts, stops), strict=True))
+def micro_batches(mask: Tensor, config, trim: bool) -> list[tuple[slice, tuple[slice, slice]]]:
+    """Cut B*G completions into pieces of micro_batch_size: (prompts, (completions, tokens)).
+
+    mask: (B*G, T). With `trim` each piece is as wide as its own longest completion, else T.
+    """
+    rows, group, pieces = len(mask), config.num_generations, []
+    size = config.micro_batch_size or rows
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        width = int(mask[start:stop].sum(dim=1).max()) if trim else mask.shape[1]
+        prompts = slice(start // group, math.ceil(stop / group))
+        pieces.append((prompts, (slice(start, stop), slice(width))))
+    return pieces
 
 
 def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> None:

@@ -290,33 +290,35 @@ def update_policy(
     An update whose loss or gradient is not finite is skipped: it would ruin every weight.
     """
     parameters, run = list(learner.parameters()), graphs or eager
-    pieces = micro_batches(len(advantages), config.num_generations, config.micro_batch_size)
-    inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids
+    pieces = micro_batches(batch.mask, config, trim=graphs is None)
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.mask
 
     @torch.no_grad()
-    def score(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
-        scored = [reference(prompt_ids[s], prompt_mask[s], completion_ids[r]) for s, r in pieces]
-        return torch.cat(scored)
+    def score(prompt_ids, prompt_mask, completion_ids, mask):
+        scored = torch.zeros_like(mask)  # (B*G, T)
+        for some, part in pieces:
+            scored[part] = reference(prompt_ids[some], prompt_mask[some], completion_ids[part])
+        return scored
 
     def gradient(prompt_ids, prompt_mask, completion_ids, mask, advantages, ref, old):
         optimizer.zero_grad()
-        scored, stats = [], []
-        for some, rows in spread.exchanged_once(learner, pieces):
-            logprobs = learner(prompt_ids[some], prompt_mask[some], completion_ids[rows])
-            scored.append(logprobs.detach())
+        scored, stats = torch.zeros_like(mask), []
+        for some, part in spread.exchanged_once(learner, pieces):
+            logprobs = learner(prompt_ids[some], prompt_mask[some], completion_ids[part])
+            scored[part] = logprobs.detach()
             # At the first update nothing has moved since the rollout, so these are the old
             # log-probabilities: a forward pass is saved, and the ratio is exactly 1.
-            past = scored[-1] if old is None else old[rows]
-            loss, piece = grpo_loss(logprobs, past, ref[rows], advantages[rows], mask[rows], config)
+            past, gains = (scored if old is None else old)[part], advantages[part[0]]
+            loss, piece = grpo_loss(logprobs, past, ref[part], gains, mask[part], config)
             share = len(logprobs) / len(mask)
             (loss * share).backward()
             stats.append({name: share * value for name, value in piece.items()})
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
         totals = {name: sum(piece[name] for piece in stats) for name in stats[0]}
-        return torch.cat(scored), {**totals, "grad_norm": norm}, [p.grad for p in parameters]
+        return scored, {**totals, "grad_norm": norm}, [p.grad for p in parameters]
 
     updates, made, old_logprobs = [], [], None
-    data = *inputs, batch.mask, advantages, run(score, *inputs)
+    data = *inputs, advantages, run(score, *inputs)
     for _ in range(config.num_inner_updates):
         logprobs, stats, gradients = run(gradient, *data, old_logprobs)
         old_logprobs = logprobs if old_logprobs is None else old_logprobs
@@ -432,8 +434,8 @@ def train(config: Config, stop: StopRequest) -> int:
 def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest) -> int:
     """`train`, once the policy has proved fit and output_dir is held for this run."""
     model, device, prompt = policy.model, policy.model.device, make_prompt(config)
-    count = config.eval_problems
-    held_out = {s: held_out_problems(s, count, config) for s in ("validation", "test")}
+    both, count = ("validation", "test"), config.eval_problems
+    held_out = {split: held_out_problems(split, count, config) for split in both}
     # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))

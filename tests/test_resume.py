@@ -103,7 +103,7 @@ def test_a_longer_run_resumed_from_a_shorter_one_is_the_longer_run(undisturbed, 
 @pytest.mark.parametrize("damage", ["a bit", "half", "gone", "manifest"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(unfinished, capsys, damage):
     before, last = checkpoints_in(unfinished)
-    file = last / "tensors.safetensors"
+    file = last / "policy.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "a bit":
         content[len(content) // 2] ^= 1
@@ -188,7 +188,8 @@ def rewrite(checkpoint, rest: dict) -> None:
     from checkpoint import sha256
 
     (checkpoint / "state.json").write_text(json.dumps(rest))
-    sums = {name: sha256(checkpoint / name) for name in ("tensors.safetensors", "state.json")}
+    (checkpoint / "manifest.json").unlink()
+    sums = {path.name: sha256(path) for path in checkpoint.iterdir()}
     (checkpoint / "manifest.json").write_text(json.dumps({"sha256": sums}))
 
 
