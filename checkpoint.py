@@ -127,7 +127,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def checkpoints_in(output: Path) -> list[Path]:
     """The folders checkpoints/<iteration>/ of a run, oldest first."""
-    found = [path for path in (output / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal()]
+    found = (path for path in (output / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal())
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -187,10 +187,9 @@ def load_checkpoint(output: Path) -> tuple[dict, dict] | None:
     for folder in folders:
         try:
             sums = read_json(folder / MANIFEST).get("sha256")
-            files = [path for path in folder.iterdir() if path.name != MANIFEST]
-            if sums != {path.name: sha256(path) for path in files}:
+            if sums != {p.name: sha256(p) for p in folder.iterdir() if p.name != MANIFEST}:
                 raise UserError("its checksums do not match")
-            parts = [load_file(path).items() for path in files if path.suffix == ".safetensors"]
+            parts = [load_file(path).items() for path in folder.glob("*.safetensors")]
             return dict(chain(*parts)), read_json(folder / STATE)
         except (UserError, OSError, SafetensorError) as error:
             print(f"checkpoint {folder} is damaged, trying the one before it: {error}")

@@ -324,13 +324,16 @@ class Policy(nn.Module):
         context.mask = torch.cat([context.mask, mask], dim=1)
         # Counted over real tokens, so that left padding does not shift a prompt's positions.
         positions = (context.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (N, S)
+        # By index, not by count: a slice is not contiguous, and a product with it would first copy
+        # the vocabulary's whole matrix for each sequence.
+        kept = torch.arange(ids.shape[1], device=ids.device)[-keep:]
         inputs = {
             "input_ids": ids,
             "attention_mask": context.mask,
             "position_ids": positions,
             "past_key_values": context.cache,
             "use_cache": True,
-            "logits_to_keep": keep,
+            "logits_to_keep": kept,
         }
         return torch.func.functional_call(self.model, context.weights, kwargs=inputs).logits
 

@@ -266,14 +266,13 @@ def grpo_loss(
     kl_penalty = kl_term(logprobs, ref_logprobs, config.kl_estimator)
     loss = -completion_mean(torch.min(unclipped, clipped) - config.beta * kl_penalty, mask)
     with torch.no_grad():
-        stats = {
-            "loss": loss,
+        return loss, {
+            "loss": loss.detach(),
             "kl": completion_mean(kl_term(logprobs, ref_logprobs, "k3"), mask),
             "kl_penalty": completion_mean(kl_penalty, mask),
             # Tokens held at the clipped value, whose policy gradient is therefore 0.
             "clip_fraction": completion_mean((clipped < unclipped).float(), mask),
         }
-    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def update_policy(
@@ -434,8 +433,6 @@ def train(config: Config, stop: StopRequest) -> int:
 def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest) -> int:
     """`train`, once the policy has proved fit and output_dir is held for this run."""
     model, device, prompt = policy.model, policy.model.device, make_prompt(config)
-    both, count = ("validation", "test"), config.eval_problems
-    held_out = {split: held_out_problems(split, count, config) for split in both}
     # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))
@@ -451,12 +448,13 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
 
     def measure(split: str, some: Policy, iteration: int) -> None:
         seed = 1_000_003 * (config.seed + 1) + iteration
-        accuracies = evaluate(some, tokenizer, prompt, held_out[split], config, seed)
+        problems = held_out_problems(split, config.eval_problems, config)
+        accuracies = evaluate(some, tokenizer, prompt, problems, config, seed)
         off_task = evaluate_off_task(some, reference, tokenizer, prompt, config, seed)
         books.evaluated(iteration, split, accuracies=accuracies, off_task=off_task)
 
     def example() -> tuple[str, str]:
-        question = held_out["validation"][0].question
+        question = held_out_problems("validation", 1, config)[0].question
         inputs = encode_prompts(tokenizer, [question], prompt, device)
         return question, rollout(policy, tokenizer, inputs, 1, config.max_new_tokens).texts[0]
 

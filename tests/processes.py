@@ -90,9 +90,10 @@ def metrics_but_for_times(folder: Path) -> dict:
 def assert_same_run(folder: Path, other: Path) -> None:
     """Metrics (but for times), saved model, weights and optimiser agree to the last bit."""
     assert metrics_but_for_times(folder) == metrics_but_for_times(other)
-    files = ["saved_model/model.safetensors"]
-    files.append(f"{CHECKPOINTS}/{newest(other)}/tensors.safetensors")
-    for file in files:
+    last = other / CHECKPOINTS / newest(other)
+    files = [str(path.relative_to(other)) for path in last.glob("*.safetensors")]
+    assert len(files) == 4  # the weights, and three of the optimiser
+    for file in ("saved_model/model.safetensors", *files):
         ours, theirs = load_file(folder / file), load_file(other / file)
         assert ours.keys() == theirs.keys()
         assert all(ours[n].equal(theirs[n]) for n in theirs), file

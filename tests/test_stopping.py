@@ -109,7 +109,7 @@ def test_a_run_made_to_over_train_saves_its_best_policy(tmp_path, monkeypatch):
     )
     assert again["sampled"]["accuracy"] == pytest.approx(accuracy[best]["sampled"]["accuracy"])
     assert f"iteration {best}," in (tmp_path / "saved_model" / "README.md").read_text()
-    last = load_file(checkpoints_in(tmp_path)[-1] / "tensors.safetensors")
+    last = load_file(checkpoints_in(tmp_path)[-1] / "policy.safetensors")
     name = "model.embed_tokens.weight"
     assert not torch.equal(last[f"policy.model.{name}"], saved.state_dict()[name])
 
