@@ -165,8 +165,7 @@ def synchronised(policy: nn.Module) -> nn.Module:
     """
     if size() == 1:
         return policy
-    # Its buffers never change, and need no sending.
-    return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
 
 def exchanged_once(learner: nn.Module, pieces: Iterable) -> Iterator:

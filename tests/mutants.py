@@ -115,6 +115,24 @@ MUTANTS = [
         "test_logprobs.py",
     ),
     in_policy(
+        "pieces narrower than their longest completion",
+        "width = int(mask[start:stop].sum(dim=1).max()) if trim",
+        "width = int(mask[start:stop].sum(dim=1).min()) if trim",
+        "test_logprobs.py",
+    ),
+    in_policy(
+        "pieces of fixed shapes trimmed",
+        ".max()) if trim else mask.shape[1]",
+        ".max())",
+        "test_replay.py",
+    ),
+    in_policy(
+        "the head reads a slice",
+        "[-keep:]\n",
+        "[-keep:]\n        kept = keep\n",
+        "test_logprobs.py",
+    ),
+    in_policy(
         "dropout left on",
         "self.model = model.eval()",
         "self.model = model",
@@ -134,14 +152,14 @@ MUTANTS = [
     ),
     in_trainer(
         "micro-batches weigh the same whatever their size",
-        "share = len(logprobs) / count",
-        "share = (config.micro_batch_size or count) / count",
+        "share = len(logprobs) / len(mask)",
+        "share = (config.micro_batch_size or len(mask)) / len(mask)",
         "test_logprobs.py",
     ),
-    in_trainer(
+    in_policy(
         "micro-batch of the wrong prompts",
-        "yield slice(start // group, math.ceil(stop / group)), slice(start, stop)",
-        "yield slice(0, math.ceil((stop - start) / group)), slice(start, stop)",
+        "prompts = slice(start // group, math.ceil(stop / group))",
+        "prompts = slice(0, math.ceil((stop - start) / group))",
         "test_logprobs.py",
     ),
     in_trainer(
@@ -152,20 +170,20 @@ MUTANTS = [
     ),
     in_trainer(
         "temperature multiplies",
-        "probabilities = (step / temperature).softmax(dim=-1)",
-        "probabilities = (step * temperature).softmax(dim=-1)",
+        "token = ((step / temperature).softmax(dim=-1) / noise)",
+        "token = ((step * temperature).softmax(dim=-1) / noise)",
         "test_sampling.py",
     ),
     in_trainer(
         "sampled a little too cold",
-        "probabilities = (step / temperature).softmax(dim=-1)",
-        "probabilities = (step / temperature * 1.15).softmax(dim=-1)",
+        "token = ((step / temperature).softmax(dim=-1) / noise)",
+        "token = ((step / temperature * 1.15).softmax(dim=-1) / noise)",
         "test_sampling.py",
     ),
     in_trainer(
         "sampled from the global generator",
-        "torch.multinomial(probabilities, 1, generator=generator)",
-        "torch.multinomial(probabilities, 1)",
+        ".exponential_(generator=generator)",
+        ".exponential_()",
         "test_sampling.py",
     ),
     in_trainer(
@@ -188,7 +206,7 @@ MUTANTS = [
     ),
     in_trainer(
         "sampling gap counts what follows the end",
-        "((old_logprobs - batch.logprobs) * mask).abs()",
+        "((old_logprobs - batch.logprobs) * batch.mask).abs()",
         "(old_logprobs - batch.logprobs).abs()",
         "test_sampling.py",
     ),
@@ -302,26 +320,26 @@ MUTANTS = [
     ),
     in_trainer(
         "missing detach",
-        "old_logprobs[rows] = logprobs.detach()",
-        "old_logprobs[rows] = logprobs",
+        "past, gains = (scored if old is None else old)[part], advantages[part[0]]",
+        "past, gains = logprobs if old is None else old[part], advantages[part[0]]",
         "test_updates.py",
     ),
     in_trainer(
         "old log-probabilities renewed at every update",
-        "if update == 0:",
-        "if True:",
+        "old_logprobs = logprobs if old_logprobs is None else old_logprobs",
+        "old_logprobs = None",
         "test_updates.py",
     ),
     in_trainer(
         "gradients pile up",
-        "optimizer.zero_grad()",
-        "pass",
+        "ref, old):\n        optimizer.zero_grad()",
+        "ref, old):",
         "test_updates.py",
     ),
     in_trainer(
         "gradients not clipped",
-        "nn.utils.clip_grad_norm_(policy.parameters(), config.clip_grad_norm)",
-        "nn.utils.clip_grad_norm_(policy.parameters(), 1e9)",
+        "nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)",
+        "nn.utils.clip_grad_norm_(parameters, 1e9)",
         "test_updates.py",
     ),
     in_trainer(
@@ -332,7 +350,7 @@ MUTANTS = [
     ),
     in_trainer(
         "reference is the policy itself",
-        "reference = copy.deepcopy(policy)",
+        "reference = frozen_copy(policy)",
         "reference = policy",
         "test_updates.py",
     ),
@@ -356,8 +374,8 @@ MUTANTS = [
     ),
     in_trainer(
         "evaluation draws unseeded",
-        "generator = torch.Generator(device).manual_seed(spread.stream(seed))",
-        "generator = None",
+        "rng = torch.Generator(device).manual_seed(spread.stream(seed))",
+        "rng = None",
         "test_determinism.py",
     ),
     in_trainer(

@@ -90,7 +90,7 @@ def metrics_but_for_times(folder: Path) -> dict:
 def assert_same_run(folder: Path, other: Path) -> None:
     """Metrics (but for times), saved model, weights and optimiser agree to the last bit."""
     assert metrics_but_for_times(folder) == metrics_but_for_times(other)
-    last = other / CHECKPOINTS / newest(other)
+    last = other / CHECKPOINTS / str(newest(other))
     files = [str(path.relative_to(other)) for path in last.glob("*.safetensors")]
     assert len(files) == 4  # the weights, and three of the optimiser
     for file in ("saved_model/model.safetensors", *files):

@@ -73,6 +73,17 @@ def test_shared_prefix_scores_ragged_completions_like_whole_sequences(name, begi
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_head_reads_contiguous_states_or_it_would_copy_its_matrix_for_each_prompt(
+    name, beginning_shared
+):
+    policy, batch, read = Policy(small_model(name)), ragged_batch(PROMPTS, COMPLETIONS), []
+    head = policy.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].is_contiguous()))
+    policy(batch.prompt_ids, batch.prompt_mask, batch.completion_ids)
+    assert len(read) >= 2 and all(read)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bfloat16_on_a_cpu_attends_as_the_model_itself_does(name):
     policy, batch = Policy(small_model(name), torch.bfloat16), ragged_batch(PROMPTS, COMPLETIONS)
     inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids
