@@ -4,7 +4,6 @@ Every benchmark trains on problems with operands 0 to 9, so that all prompts hav
 tokens, and with an end token that no model can sample, so that all completions have too.
 """
 
-import copy
 import json
 import random
 import re
@@ -23,9 +22,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import policy
+import spread
 from bookkeeping import new_metrics
 from checkpoint import prepare_output_dir, write_json
-from policy import Policy, describe_environment, encode_prompts, load_model, peak_memory
+from policy import (
+    Policy,
+    describe_environment,
+    encode_prompts,
+    frozen_copy,
+    load_model,
+    peak_memory,
+)
 from task import Problem
 from train_grpo import Config, TrainState, make_prompt, train_iteration
 
@@ -118,12 +125,11 @@ def start(work: Work):
     """Return (state, reference, tokenizer, prompt, config): what `train_iteration` takes."""
     model, tokenizer, prompt = load(work)
     policy, config = Policy(model, work.dtype), work.config
-    reference = copy.deepcopy(policy)
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    sampler = torch.Generator().manual_seed(config.seed)
+    sampler = torch.Generator().manual_seed(spread.stream(config.seed))
     problems = random.Random(config.seed)
     state = TrainState(policy, adamw, problems, sampler, new_metrics(config, model))
-    return state, reference, tokenizer, prompt, config
+    return state, frozen_copy(policy), tokenizer, prompt, config
 
 
 def time_work(work: Work, seconds: float, least: int = 3) -> dict:
