@@ -99,7 +99,8 @@ def begin(state, config) -> None:
             tensors, rest = checkpoint_to_resume(state.metrics, config) or ({}, {})
     tensors, rest = spread.tensors_of_first(tensors), spread.gather(rest)[0]
     if rest:
-        restore(state, tensors, rest)
+        with spread.together():
+            restore(state, tensors, rest)
         state.metrics["config"] = settings
         print(f"resuming after iteration {len(state.metrics['iterations'])}")
 

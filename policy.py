@@ -326,7 +326,7 @@ class Policy(nn.Module):
         positions = (context.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (N, S)
         # By index, not by count: a slice is not contiguous, and a product with it would first copy
         # the vocabulary's whole matrix for each sequence.
-        kept = torch.arange(ids.shape[1], device=ids.device)[-keep:]
+        kept = torch.arange(ids.shape[1], device=ids.device)[-keep:] if keep else 0
         inputs = {
             "input_ids": ids,
             "attention_mask": context.mask,

@@ -64,7 +64,11 @@ def joined() -> Iterator[None]:
 
 def own_device(device: torch.device) -> torch.device:
     """`device`, or, where it is cuda and there are several processes, the one of this process."""
-    if device.type != "cuda" or size() == 1:
+    if device.type != "cuda":
+        return device
+    if size() == 1:
+        if device.index is not None and torch.cuda.is_available():
+            torch.cuda.set_device(device)  # for all that names no device, CUDA graphs among it
         return device
     here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if here > count > 0:

@@ -194,9 +194,9 @@ def rollout(
             logits = policy.read(token.unsqueeze(1), context)
 
     completion_ids, mask, logprobs = (graphs or eager)(sample, *prompts, end_ids)  # (B*G, T)
-    spoken = mask & ~torch.isin(completion_ids, end_ids)
+    spoken = (mask & ~torch.isin(completion_ids, end_ids)).cpu()
     texts = tokenizer.batch_decode(
-        [row[keep].tolist() for row, keep in zip(completion_ids, spoken, strict=True)],
+        [row[keep].tolist() for row, keep in zip(completion_ids.cpu(), spoken, strict=True)],
         skip_special_tokens=False,  # dropped, they would hide from the format reward
         clean_up_tokenization_spaces=False,
     )
@@ -300,7 +300,7 @@ def update_policy(
         return scored
 
     def gradient(prompt_ids, prompt_mask, completion_ids, mask, advantages, ref, old):
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=graphs is None)  # a recording keeps to its places
         scored, stats = torch.zeros_like(mask), []
         for some, part in spread.exchanged_once(learner, pieces):
             logprobs = learner(prompt_ids[some], prompt_mask[some], completion_ids[part])
@@ -314,21 +314,20 @@ def update_policy(
             stats.append({name: share * value for name, value in piece.items()})
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
         totals = {name: sum(piece[name] for piece in stats) for name in stats[0]}
-        return scored, {**totals, "grad_norm": norm}, [p.grad for p in parameters]
+        return scored, {**totals, "grad_norm": norm}
 
     updates, made, old_logprobs = [], [], None
     data = *inputs, advantages, run(score, *inputs)
     for _ in range(config.num_inner_updates):
-        logprobs, stats, gradients = run(gradient, *data, old_logprobs)
+        logprobs, stats = run(gradient, *data, old_logprobs)
         old_logprobs = logprobs if old_logprobs is None else old_logprobs
-        for p, grad in zip(parameters, gradients, strict=True):
-            p.grad = grad  # where a replay has left it
         values = torch.stack(list(stats.values())).tolist()  # one wait for the device
         updates.append(spread.average(dict(zip(stats, values, strict=True))))
         if math.isfinite(updates[-1]["loss"]) and math.isfinite(updates[-1]["grad_norm"]):
             optimizer.step()
             made.append(updates[-1])
-    optimizer.zero_grad()  # their memory serves the next rollout
+    if graphs is None:
+        optimizer.zero_grad()  # their memory serves the next rollout
     # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
     kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
     some = made or updates

@@ -96,12 +96,17 @@ def print_table(runs: dict[str, list[dict]]) -> None:
     print("| setting | value | sampled, test | greedy, test | kl, last 50 | kl, largest |")
     print("|---|---|---|---|---|---|")
     for axis, value, some in rows(runs):
-        cells = [f"`{axis}`", f"**{value}**" if value == preset_value(axis) else f"{value}"]
-        for name, form in (("sampled", ".1%"), ("greedy", ".1%"), ("kl", ".3f"), ("kl_max", ".1f")):
-            found = [once[name] for once in some]
-            span = f" ({min(found):{form}} to {max(found):{form}})"
-            cells.append(f"{fmean(found):{form}}{span}")
-        print("| " + " | ".join(cells) + " |")
+        print(table_line(axis, value, some))
+
+
+def table_line(axis: str, value, some: list[dict]) -> str:
+    """Mean and range of some runs, as a line of the table."""
+    cells = [f"`{axis}`", f"**{value}**" if value == preset_value(axis) else f"{value}"]
+    for name, form in (("sampled", ".1%"), ("greedy", ".1%"), ("kl", ".3f"), ("kl_max", ".1f")):
+        found = [once[name] for once in some]
+        span = f" ({min(found):{form}} to {max(found):{form}})"
+        cells.append(f"{fmean(found):{form}}{span}")
+    return "| " + " | ".join(cells) + " |"
 
 
 def draw(runs: dict[str, list[dict]], picture: Path) -> None:

@@ -120,6 +120,12 @@ MUTANTS = [
         "width = int(mask[start:stop].sum(dim=1).min()) if trim",
         "test_logprobs.py",
     ),
+    in_trainer(
+        "a recording's gradients move",
+        "zero_grad(set_to_none=graphs is None)",
+        "zero_grad()",
+        "test_replay.py",
+    ),
     in_policy(
         "pieces of fixed shapes trimmed",
         ".max()) if trim else mask.shape[1]",
@@ -128,8 +134,8 @@ MUTANTS = [
     ),
     in_policy(
         "the head reads a slice",
-        "[-keep:]\n",
-        "[-keep:]\n        kept = keep\n",
+        "[-keep:] if keep else 0",
+        "[-keep:] if keep else 0\n        kept = keep",
         "test_logprobs.py",
     ),
     in_policy(
@@ -332,8 +338,8 @@ MUTANTS = [
     ),
     in_trainer(
         "gradients pile up",
-        "ref, old):\n        optimizer.zero_grad()",
-        "ref, old):",
+        "optimizer.zero_grad(set_to_none=graphs is None)",
+        "pass",
         "test_updates.py",
     ),
     in_trainer(

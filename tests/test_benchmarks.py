@@ -122,6 +122,7 @@ def call_once(function, copies: int) -> float:
     return 1.0
 
 
+@pytest.mark.slow
 def test_growth_writes_its_figures_and_its_picture(tmp_path, monkeypatch):
     axes = {"batch_size": (1, 2), "batch_size in micro-batches": (1, 2), "parameters": ((1, 32),)}
     monkeypatch.setattr(growth, "AXES", axes)

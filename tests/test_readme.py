@@ -8,9 +8,11 @@ from statistics import fmean, median
 import pytest
 from conftest import ROOT
 
+from benchmarks import study
 from train_grpo import PRESETS, Config
 
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def committed(folder: str) -> dict:
@@ -45,6 +47,42 @@ def test_the_result_of_the_reference_rate_is_that_of_its_committed_run():
     metrics = committed("tiny_reference")
     assert metrics["config"]["learning_rate"] == 1e-7
     assert row("lr 1e-7", metrics) in README
+
+
+def test_the_result_of_the_real_model_is_that_of_its_committed_run():
+    metrics = committed("smollm2_cpu")
+    assert {n: metrics["config"][n] for n in PRESETS["smollm2"]} == PRESETS["smollm2"]
+    assert len(metrics["iterations"]) >= 150 and metrics["status"] == "finished"
+    assert metrics["environment"]["model_source"]["weights"] == "Q4_1, dequantised"
+    assert row("seed 0", metrics) in README
+
+
+def measured(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [
+        ("bundled, 1M | float32", "vs_trl"),
+        ("SmolLM2-135M's shape | bfloat16", "vs_trl_135m"),
+    ],
+)
+def test_the_figures_beside_trl_are_those_of_their_result_file(label, name):
+    found, by_round = measured(name), measured(name)["ratio_by_round"]
+    cells = [f"{found[loop]['seconds']:.2f} s" for loop in ("ours", "trl")]
+    cells.append(f"{found['ratio']:.1f} ({min(by_round):.1f} to {max(by_round):.1f})")
+    cells += [f"{found[loop]['peak_memory_mib']:,.0f} MiB" for loop in ("ours", "trl")]
+    line = f"| {label} | {' | '.join(cells)} |"
+    assert line in BENCHMARKS and line in README
+
+
+def test_the_figures_of_the_study_are_those_of_its_result_file():
+    lines = []
+    for axis, value, runs in study.rows(measured("study")["runs"]):
+        assert [once["sampled_before"] for once in runs] and len(runs) == 3
+        lines.append(study.table_line(axis, value, runs))
+    assert len(lines) == 14 and "\n".join(lines) in BENCHMARKS
 
 
 def test_the_configuration_table_is_that_of_the_code():

@@ -129,9 +129,7 @@ def test_prompts_of_one_length_make_one_recording_whatever_they_hold(tiny, graph
     widths = set()
     for _ in range(6):
         problems = state.problems.getstate()
-        metrics = train_iteration(
-            state, copy.deepcopy(policy), tokenizer, make_prompt(config), config
-        )
+        metrics = train_iteration(state, policy, tokenizer, make_prompt(config), config)
         assert metrics["sampling_gap"] < 1e-4 and state.problems.getstate() != problems
     for _, ids, *_ in graphs.recordings:
         widths.add(ids[0][1])
@@ -151,6 +149,7 @@ def test_replays_train_as_calls_do(tiny, graphs):
     plain = Graphs(seeded(0))  # fixed shapes, each function called
     some, others = state_of(policy, plain), state_of(policy, graphs)
     graphs.generator = others.sampler
+    places = []
     for _ in range(3):
         found = [
             train_iteration(state, policy, tokenizer, make_prompt(config), config)
@@ -158,6 +157,10 @@ def test_replays_train_as_calls_do(tiny, graphs):
         ]
         for name in found[0].keys() - {"seconds"}:
             assert found[1][name] == pytest.approx(found[0][name], rel=1e-5, abs=1e-7), name
+        # A recording writes gradients where they were when it was made, and nowhere else.
+        now = [parameter.grad for parameter in others.policy.parameters()]
+        assert all(a is b for a, b in zip(places or now, now, strict=True))
+        places = now
     assert not plain.recordings and len(graphs.recordings) == 4
     for mine, its in zip(some.policy.parameters(), others.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-6)
