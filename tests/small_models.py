@@ -135,5 +135,5 @@ class Recorder:
         named = self.policy.model.named_parameters()
         self.gradients = {name: parameter.grad.clone() for name, parameter in named}
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         self.policy.zero_grad()
