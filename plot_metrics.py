@@ -159,7 +159,7 @@ def draw(paths: list[Path], output: Path) -> None:
         reward.set(xlabel="iteration", ylabel="reward per completion (0 to 1)", ylim=(0, 1.02))
         accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
         reward.legend(loc="lower right")
-        accuracy.legend(loc="lower right")
+        accuracy.legend(loc="best")
         if len(runs) == 1 and runs[0].get("stop_reason"):
             ending = f"{runs[0].get('status')}: {runs[0]['stop_reason']}"
             figure.suptitle(ending[:120], fontsize=10, parse_math=False)

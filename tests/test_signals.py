@@ -48,6 +48,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_valid_files(tmp_path):
     assert json.loads((folder / METRICS_FILE).read_text())["status"] == "running"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_by_name_and_a_dead_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -144,6 +144,7 @@ def test_micro_batches_learn_the_same(tmp_path):
     assert learned["0"] == learned["2"] == learned["16"]
 
 
+@pytest.mark.slow
 def test_the_reference_preset_trains_a_model_of_its_architecture(tmp_path, tiny):
     tokenizer = tiny[1]
     torch.manual_seed(0)
