@@ -365,6 +365,7 @@ def start(target: Path, stage: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_download_is_one_line_and_leaves_nothing(target, packed, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
     server.wheel, server.stalled, server.over = packed[0], threading.Event(), threading.Event()
@@ -383,6 +384,7 @@ def test_ctrl_c_in_the_download_is_one_line_and_leaves_nothing(target, packed, m
     assert left(target) == set()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_repeated_with_success(target):
     process = start(target, "unpacked")
     place = target.with_name(target.name + ".tmp")

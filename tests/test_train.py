@@ -131,6 +131,7 @@ def test_the_model_card_gives_base_task_recipe_and_what_was_measured(run):
     assert f"the policy after iteration {best}" in card
 
 
+@pytest.mark.slow
 def test_micro_batches_learn_the_same(tmp_path):
     learned = {}
     for size in ("0", "2", "16"):
