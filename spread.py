@@ -58,8 +58,12 @@ def joined() -> Iterator[None]:
     # No backend is named: PyTorch takes Gloo for what is on the CPU and NCCL for what is on CUDA.
     dist.init_process_group(timeout=PATIENCE)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
-        yield
-    dist.destroy_process_group()  # but not after an error: it could wait for a process that failed
+        try:
+            yield
+        except (UserError, SystemExit):  # as all processes do, together: no one is waited for
+            dist.destroy_process_group()
+            raise
+    dist.destroy_process_group()  # but not after a failure: it could wait for who failed
 
 
 def own_device(device: torch.device) -> torch.device:

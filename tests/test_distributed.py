@@ -165,7 +165,6 @@ def test_a_batch_that_cannot_be_shared_is_refused_in_one_line(tmp_path):
     assert process.wait(timeout=100) == 1  # torchrun's own
     errors = [line for line in printed(folder).splitlines() if line.startswith("error:")]
     assert errors == ["error: --batch_size 3: must be a multiple of 2 (processes)"]
-    assert printed(folder).count("exitcode  : 2") == 2  # of both processes
     assert not list(folder.iterdir())
 
 
