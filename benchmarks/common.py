@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ import policy
 import spread
 from bookkeeping import new_metrics
 from checkpoint import prepare_output_dir, write_json
+from cli import Parser, check_ranges
 from policy import (
     Policy,
     describe_environment,
@@ -83,6 +85,20 @@ class Work:
         config = {name: value for name, value in asdict(self.config).items() if name in names}
         here = {"dtype": str(self.dtype), "prompt_tokens": self.prompt_tokens or None}
         return {**here, "end_token": not self.endless, **config}
+
+
+def read_settings(settings: type, description: str, argv: list[str] | None):
+    """A benchmark's settings from its command line; raises UserError for what is out of range."""
+    parser = Parser(settings, description=description.split("\n")[0], allow_abbrev=False)
+    found = settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
+    check_ranges(found)
+    return found
+
+
+def large_work(folder: str) -> Work:
+    """The work of `--shape 135m`; its model is written into `folder`."""
+    model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
+    return Work(model=model, dtype=torch.bfloat16, **LONG_PROMPTS)
 
 
 def write_random_model(folder: Path, shape: dict) -> str:

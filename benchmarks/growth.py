@@ -24,12 +24,13 @@ from benchmarks.common import (
     HERE,
     Work,
     in_own_process,
+    read_settings,
     time_work,
     write_random_model,
     write_result,
 )
 from benchmarks.operations import count_flops
-from cli import Parser, check_ranges, exit_code, setting
+from cli import exit_code, setting
 from plot_metrics import COLOURS, plt, save_figure
 
 # Layers and hidden size of random Llamas with heads of 32 and a feed-forward of 4 x hidden.
@@ -146,9 +147,7 @@ def draw(axes: dict[str, dict], micro_batch_size: int, picture: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(settings)
+    settings = read_settings(Settings, __doc__, argv)
     output = Path(settings.output or HERE / "growth.json")
     with TemporaryDirectory() as folder:
         axes = {axis: measure_axis(axis, settings, Path(folder)) for axis in AXES}

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
@@ -36,16 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo
 from benchmarks.common import (
     HERE,
-    LONG_PROMPTS,
-    SMOLLM2,
     Work,
     in_own_process,
+    large_work,
+    read_settings,
     start,
-    write_random_model,
     write_result,
 )
 from benchmarks.operations import PHASES, Op, count_flops, operations, optimizer_bytes
-from cli import Parser, check_ranges, exit_code, setting
+from cli import exit_code, setting
 from policy import Policy
 
 
@@ -211,15 +210,10 @@ def print_table(result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(settings)
+    settings = read_settings(Settings, __doc__, argv)
     large = settings.shape == "135m"
     with TemporaryDirectory() as folder:
-        work = Work()
-        if large:
-            model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
-            work = replace(work, model=model, dtype=torch.bfloat16, **LONG_PROMPTS)
+        work = large_work(folder) if large else Work()
         count = settings.iterations or (2 if large else 20)
         model, parameters, seconds = in_own_process(time_phases, work, count)
         rate, floor = in_own_process(floors, model, work)

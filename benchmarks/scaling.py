@@ -27,8 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import spread
-from benchmarks.common import HERE, SMOLLM2, Work, start, write_random_model, write_result
-from cli import Parser, check_ranges, exit_code, setting
+from benchmarks.common import (
+    HERE,
+    SMOLLM2,
+    Work,
+    read_settings,
+    start,
+    write_random_model,
+    write_result,
+)
+from cli import exit_code, setting
 from train_grpo import train_iteration
 
 # Qwen2.5-0.5B, for which the estimate is.
@@ -121,9 +129,7 @@ def print_table(runs: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(settings)
+    settings = read_settings(Settings, __doc__, argv)
     if settings.worker:
         with spread.joined():
             print(json.dumps(measure(settings)))

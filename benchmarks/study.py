@@ -17,9 +17,9 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import HERE, write_result
+from benchmarks.common import HERE, read_settings, write_result
 from checkpoint import read_json
-from cli import Parser, check_ranges, exit_code, setting
+from cli import exit_code, setting
 from plot_metrics import COLOURS, plt, save_figure
 from train_grpo import PRESETS, Config
 
@@ -133,9 +133,7 @@ def draw(runs: dict[str, list[dict]], picture: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(settings)
+    settings = read_settings(Settings, __doc__, argv)
     output = Path(settings.output or HERE / "study.json")
     runs = study(settings, output)
     print_table(runs)

@@ -14,26 +14,22 @@ progress bars.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import (
     HERE,
-    LONG_PROMPTS,
-    SMOLLM2,
     Work,
-    in_own_process,
-    write_random_model,
+    large_work,
+    read_settings,
     write_result,
 )
 from benchmarks.turns import LOOPS, Turn, take_turns
-from cli import Parser, check_ranges, exit_code, setting
+from cli import exit_code, setting
 from plot_metrics import COLOURS, plt, save_figure
 from train_grpo import PRESETS, Config
 
@@ -124,9 +120,7 @@ def draw(result: dict, picture: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    settings = Settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(settings)
+    settings = read_settings(Settings, __doc__, argv)
     name = "accuracy" if settings.accuracy else settings.shape
     name = "vs_trl" if name == "bundled" else f"vs_trl_{name}"
     output = Path(settings.output or HERE / f"{name}.json")
@@ -140,8 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             result = compare_accuracy(settings, work, trl, output.with_suffix(".png"))
         else:
             if settings.shape == "135m":
-                model = in_own_process(write_random_model, Path(folder) / "model", SMOLLM2)
-                work = replace(work, model=model, dtype=torch.bfloat16, **LONG_PROMPTS)
+                work = large_work(folder)
             result = compare_speed(settings, work, trl)
     write_result(output, {"work": work.describe(), "trl_settings": trl, **result})
     return 0
