@@ -289,6 +289,7 @@ def update_policy(
     An update whose loss or gradient is not finite is skipped: it would ruin every weight.
     """
     parameters, run = list(learner.parameters()), graphs or eager
+    # Of each piece: a slice of the prompts, and a pair of slices, of completions and their tokens.
     pieces = micro_batches(batch.mask, config, trim=graphs is None)
     inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.mask
 
