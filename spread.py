@@ -55,15 +55,16 @@ def joined() -> Iterator[None]:
     if size() == 1:
         yield
         return
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # After a restart torchrun's store still holds the addresses of those who died: never read
+        # them. (Of several machines each counts restarts of its own, so no name is common to all.)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     # No backend is named: PyTorch takes Gloo for what is on the CPU and NCCL for what is on CUDA.
-    dist.init_process_group(timeout=PATIENCE)
+    dist.init_process_group(timeout=PATIENCE, store=store, rank=rank(), world_size=size())
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
-        try:
-            yield
-        except (UserError, SystemExit):  # as all processes do, together: no one is waited for
-            dist.destroy_process_group()
-            raise
-    dist.destroy_process_group()  # but not after a failure: it could wait for who failed
+        yield
+    dist.destroy_process_group()  # but not after an error: it could wait for a process that failed
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -130,6 +131,8 @@ def together() -> Iterator[None]:
         mine = error
     found = [error for error in gather(mine) if error]
     if found:
+        if size() > 1:
+            dist.destroy_process_group()  # all leave here: without it one in many aborts at its end
         raise SystemExit(2) if rank() else found[0]
 
 

@@ -165,6 +165,8 @@ def test_a_batch_that_cannot_be_shared_is_refused_in_one_line(tmp_path):
     assert process.wait(timeout=100) == 1  # torchrun's own
     errors = [line for line in printed(folder).splitlines() if line.startswith("error:")]
     assert errors == ["error: --batch_size 3: must be a multiple of 2 (processes)"]
+    report = printed(folder)
+    assert "exitcode  : 2" in report and "SIGABRT" not in report  # each ends in order
     assert not list(folder.iterdir())
 
 
