@@ -4,6 +4,7 @@ Training, asking and the bundled model's script share it; the algorithm is in tr
 """
 
 import copy
+import ctypes
 import math
 import os
 import platform
@@ -13,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
@@ -32,8 +34,9 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 PROMPT_FILE = "grpo_prompt.json"
-WORTH_A_PASS = 128  # tokens that a pass over the common beginning must save
 SOURCE_FILE = "grpo_source.json"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+PIECE = 2**20  # logits that a CPU handles at a time: in float32, 4 MiB
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,6 +52,18 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not on this machine; try --device auto") from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, for the tensors to come.
+
+    By default it hands large blocks back to the system, which must zero each page before it gives
+    it out again: a tenth of an iteration of a large model on a CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -229,38 +244,111 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, **_):
     return mixed.view(query.shape).transpose(1, 2).contiguous(), None
 
 
-@dataclass
+class Part(NamedTuple):
+    """Tokens to be read: R sequences of S each."""
+
+    ids: Tensor  # (R, S)
+    mask: Tensor  # (R, S) bool: true on real tokens
+    keep: int  # of how many of the last of the S tokens logits are wanted
+
+
 class Context:
     """What a model has read so far, of N sequences: all that it needs to read on."""
 
-    weights: dict[str, Tensor]  # what it computes with, where those are not its own
-    cache: "transformers.DynamicCache"
-    mask: Tensor  # (N, S): 1 on real tokens
+    def __init__(self, weights: dict[str, Tensor], mask: Tensor):
+        self.weights = weights  # what the model computes with, where those are not its own
+        self.mask = mask  # (N, L) bool: true on real tokens
+        self.cache: dict[int, list[Tensor]] = {}  # by layer: keys and values, (N, K, L, D)
+        # Of what is being read, part by part: its mask, the positions of all before it and its
+        # own, both (R, L), and its length S; and what `attention_mask` has made of them.
+        self.parts: list[tuple[Tensor, Tensor, int]] = []
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def repeat(self, count: int) -> None:
-        """Repeat each sequence `count` times, in place."""
-        self.cache.batch_repeat_interleave(count)
-        self.mask = self.mask.repeat_interleave(count, dim=0)
+    def append(self, part: Part) -> Tensor:
+        """Take in a part that is about to be read. Returns the positions of its tokens, (R, S)."""
+        self.mask = torch.cat([fan_out(self.mask, len(part.ids)), part.mask], dim=1)  # (R, L)
+        # Counted over real tokens, so that left padding does not shift a prompt's positions.
+        positions = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (R, L)
+        self.parts.append((self.mask, positions, part.ids.shape[1]))
+        return positions[:, -part.ids.shape[1] :]
+
+    def attention_mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What to add to the attention scores of a part: (R, 1, S, L), 0 where a token may look."""
+        if (index, window) not in self.masks:
+            real, positions, steps = self.parts[index]
+            column = torch.arange(real.shape[1], device=real.device)
+            row = column[-steps:, None]  # (S, 1)
+            allowed = real[:, None] & (column <= row)  # (R, S, L)
+            if window:
+                allowed &= positions[:, None] > positions[:, -steps:, None] - window
+            mask = torch.zeros_like(allowed, dtype=dtype)
+            mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+            self.masks[index, window] = mask[:, None]
+        return self.masks[index, window]
+
+
+def fan_out(tensor: Tensor, rows: int) -> Tensor:
+    """Repeat each row of a tensor, so that there are `rows`; no copy where there are already."""
+    count = rows // len(tensor)
+    return tensor.unsqueeze(1).expand(-1, count, *tensor.shape[1:]).flatten(0, 1)
+
+
+def branching_attention(
+    attend, module, query, key, value, attention_mask, context=None, sliding_window=None, **options
+):
+    """Attention of parts that stand one after another in a single row of N tokens.
+
+    The sequences of a part go on from those of the part before it (of the context, for the first):
+    they branch, where they are more. query: (1, H, N, D); key, value: (1, K, N, D). `attend` is
+    what computes it for sequences apart; without a context, it is called as if for itself.
+    """
+    if attend is None:  # each architecture has an eager one of its own
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    if context is None:
+        options["sliding_window"] = sliding_window
+        return attend(module, query, key, value, attention_mask, **options)
+    past, mixed = context.cache.get(module.layer_idx), []
+    tokens = [len(real) * steps for real, _, steps in context.parts]
+    parts = zip(*(x.squeeze(0).split(tokens, dim=1) for x in (query, key, value)), strict=True)
+    for index, part in enumerate(parts):
+        mask = context.attention_mask(index, sliding_window, query.dtype)  # (R, 1, S, L)
+        # (H or K, R*S, D) to (R, H or K, S, D)
+        q, *own = (x.unflatten(1, (len(mask), -1)).transpose(0, 1) for x in part)
+        if past:
+            before = (fan_out(x, len(mask)) for x in past)
+            own = [torch.cat(both, dim=2) for both in zip(before, own, strict=True)]
+        past = own
+        mixed.append(attend(module, q, *own, mask, **options)[0].flatten(0, 1))  # (R*S, H, D)
+    context.cache[module.layer_idx] = past
+    return (torch.cat(mixed) if mixed[1:] else mixed[0]).unsqueeze(0), None
 
 
 class Policy(nn.Module):
     """A causal language model as GRPO sees it: completions in, their log-probabilities out.
 
-    Each prompt is encoded once and its key-value cache repeated for the G completions of its group,
-    both to sample and, with gradients flowing through the cache, to train.
+    Each prompt is read once and serves the G completions of its group, both to sample and, with
+    gradients flowing through what was read, to train. All that is to be read, beginnings, prompts
+    and completions, stands in one row of tokens: few large matrix products instead of many small
+    ones. Only attention tells the sequences apart.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model = model.eval()  # no dropout: the ratio compares two passes over the same tokens
         self.compute_dtype = compute_dtype
-        if compute_dtype == torch.bfloat16 and model.device.type == "cpu":
+        name, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
+        if name.startswith("branching"):
+            return  # it has been a policy's before
+        attend = transformers.AttentionInterface().get(name)
+        if name == "sdpa" and compute_dtype == torch.bfloat16 and model.device.type == "cpu":
             # There PyTorch's fused attention takes more than twice the time.
-            fused = model.config._attn_implementation == "sdpa"
             transformers.AttentionInterface.register("grouped", grouped_attention)
-            masks = transformers.AttentionMaskInterface
             masks.register("grouped", masks()["eager"])
-            model.set_attn_implementation("grouped" if fused else "eager")
+            name, attend = "grouped", grouped_attention
+        branching = f"branching {name}"
+        transformers.AttentionInterface.register(branching, partial(branching_attention, attend))
+        masks.register(branching, masks()[name])
+        model.set_attn_implementation(branching)
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
         """Return the log-probability of each completion token given all that stands before it.
@@ -268,74 +356,99 @@ class Policy(nn.Module):
         prompt_ids, prompt_mask: (B, P); completion_ids: (B*G, T), group after group.
         Returns (B*G, T) float32.
         """
-        group = len(completion_ids) // len(prompt_ids)
-        logits, context = self.encode(prompt_ids, prompt_mask, group)
-        if completion_ids.shape[1] > 1:
-            rest = self.read(completion_ids[:, :-1], context)
-            logits = torch.cat([logits, rest], dim=1)  # (B*G, T, V)
-        return token_logprobs(logits, completion_ids)
+        context, parts = self.begin(prompt_ids, prompt_mask)
+        first, others = completion_ids[:, :1], completion_ids[:, 1:]
+        if others.shape[1]:
+            body = completion_ids[:, :-1]
+            parts.append(Part(body, torch.ones_like(body, dtype=torch.bool), body.shape[1]))
+            *_, last, logits = self.read(context, *parts)
+            later = token_logprobs(logits.flatten(0, 1), others.flatten()[:, None])
+        else:
+            *_, last = self.read(context, *parts)
+            later = first.float()[:, :0]
+        # The logits after a prompt serve its whole group.
+        firsts = token_logprobs(last.squeeze(1), first.view(len(last), -1))  # (B, G)
+        return torch.cat([firsts.view(first.shape), later.view(others.shape)], dim=1)
 
     def encode(self, prompt_ids: Tensor, prompt_mask: Tensor, group: int) -> tuple[Tensor, Context]:
-        """Read prompts (B, P), repeat each `group` times: logits (B*G, 1, V), and the context.
+        """Read prompts (B, P): the logits of the token after each, `group` times, and the context.
 
-        What all prompts begin with is read once, where that is worth a pass of its own.
+        The logits are (B*G, V); the context has B sequences, each of which may go on in many ways.
+        """
+        context, parts = self.begin(prompt_ids, prompt_mask)
+        *_, logits = self.read(context, *parts)  # (B, 1, V)
+        return logits.squeeze(1).repeat_interleave(group, dim=0), context
+
+    def go_on(self, context: Context, token: Tensor) -> Tensor:
+        """Read one token more of each sequence, (B*G, 1): the logits of the next, (B*G, V)."""
+        [logits] = self.read(context, Part(token, torch.ones_like(token, dtype=torch.bool), 1))
+        return logits.squeeze(1)
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Context, list[Part]]:
+        """An empty context, and the parts that prompts (B, P) are read in.
+
+        What all prompts begin with is a part of its own, to be read once.
         """
         # One cast for all that is read, through which gradients flow back to the float32 weights.
         cast = self.compute_dtype != torch.float32
         parameters = self.model.named_parameters() if cast else ()
         weights = {name: p.to(self.compute_dtype) for name, p in parameters}
-        context = Context(weights, transformers.DynamicCache(), prompt_mask[:, :0])
         padding = prompt_ids.shape[1] - prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
-        begin = self.common_beginning(prompt_ids, padding)
+        begin, parts = common_beginning(prompt_ids, padding), []
         if begin:
-            context.mask = prompt_mask[:1, :0]
             start = int(padding[0])
-            self.read(prompt_ids[:1, start : start + begin], context, keep=1)
-            context.repeat(len(prompt_ids))
+            ids = prompt_ids[:1, start : start + begin]  # (1, begin)
+            parts.append(Part(ids, torch.ones_like(ids, dtype=torch.bool), 0))
         rest = prompt_ids[:, begin:]
         mask = torch.arange(rest.shape[1], device=rest.device) >= padding
-        logits = self.read(rest, context, keep=1, mask=mask.to(prompt_mask.dtype))
-        context.repeat(group)
-        return logits.repeat_interleave(group, dim=0), context
+        parts.append(Part(rest, mask, 1))
+        return Context(weights, prompt_mask[: len(parts[0].ids), :0].bool()), parts
 
-    def common_beginning(self, prompt_ids: Tensor, padding: Tensor) -> int:
-        """How many tokens all prompts (B, P) begin with; 0 where it does not pay to read them once.
+    def read(self, context: Context, *parts: Part) -> list[Tensor]:
+        """Read parts, one after another, after what the context holds, which grows by them.
 
-        A GPU has tokens to spare, but no passes. And a sliding window would count the padding that
-        comes to stand between the beginning and the rest.
+        Each has as many sequences as the one before it, or a multiple: then that many, in order,
+        go on from each. Returns the logits of the token after each that is kept: (R, keep, V).
         """
-        rows, width = prompt_ids.shape
-        sliding = getattr(self.model.config, "sliding_window", None)
-        if rows == 1 or prompt_ids.device.type != "cpu" or sliding:
-            return 0
-        columns = padding + torch.arange(width)  # (B, P)
-        ids = prompt_ids.gather(1, columns.clamp(max=width - 1))  # without the padding
-        longest = width - int(padding.max()) - 1  # the rest needs a token
-        begin = int((ids == ids[0]).all(dim=0)[:longest].cumprod(dim=0).sum())
-        return begin if begin * (rows - 1) >= WORTH_A_PASS else 0
-
-    def read(self, ids: Tensor, context: Context, keep: int = 0, mask=None) -> Tensor:
-        """Read ids (N, S) after what the context holds, which grows by them.
-
-        mask: (N, S), all ones by default. Returns the logits of the token after each of the last
-        `keep` of them, (N, keep, V), or after all if that is 0.
-        """
-        mask = torch.ones_like(ids) if mask is None else mask
-        context.mask = torch.cat([context.mask, mask], dim=1)
-        # Counted over real tokens, so that left padding does not shift a prompt's positions.
-        positions = (context.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (N, S)
-        # By index, not by count: a slice is not contiguous, and a product with it would first copy
-        # the vocabulary's whole matrix for each sequence.
-        kept = torch.arange(ids.shape[1], device=ids.device)[-keep:] if keep else 0
+        positions, kept, start = [], [], 0
+        context.parts, context.masks = [], {}
+        for part in parts:
+            positions.append(context.append(part).flatten())
+            index = torch.arange(part.ids.numel(), device=part.ids.device).view(part.ids.shape)
+            kept.append(start + index[:, part.ids.shape[1] - part.keep :].flatten())
+            start += part.ids.numel()
         inputs = {
-            "input_ids": ids,
-            "attention_mask": context.mask,
-            "position_ids": positions,
-            "past_key_values": context.cache,
-            "use_cache": True,
-            "logits_to_keep": kept,
+            "input_ids": torch.cat([part.ids.flatten() for part in parts]).unsqueeze(0),  # (1, N)
+            "position_ids": torch.cat(positions).unsqueeze(0),
+            # Of four dimensions, so that the model leaves it alone: the context has the real ones.
+            "attention_mask": context.mask[None, None, :1, :1],
+            "use_cache": False,
+            # By index, not by count: a slice is not contiguous, and a product with it would first
+            # copy the vocabulary's whole matrix for each sequence.
+            "logits_to_keep": torch.cat(kept),
+            "context": context,
         }
-        return torch.func.functional_call(self.model, context.weights, kwargs=inputs).logits
+        if context.weights:
+            output = torch.func.functional_call(self.model, context.weights, kwargs=inputs)
+        else:
+            output = self.model(**inputs)
+        logits = output.logits.squeeze(0).split([len(index) for index in kept])
+        shapes = ((len(part.ids), part.keep, output.logits.shape[-1]) for part in parts)
+        return [some.view(shape) for some, shape in zip(logits, shapes, strict=True)]
+
+
+def common_beginning(prompt_ids: Tensor, padding: Tensor) -> int:
+    """How many tokens all prompts (B, P) begin with, after padding (B, 1); 0 if that is no matter.
+
+    A GPU has tokens to spare, and would have to be waited for.
+    """
+    rows, width = prompt_ids.shape
+    if rows == 1 or prompt_ids.device.type != "cpu":
+        return 0
+    columns = padding + torch.arange(width)  # (B, P)
+    ids = prompt_ids.gather(1, columns.clamp(max=width - 1))  # without the padding
+    longest = width - int(padding.max()) - 1  # the rest needs a token
+    return int((ids == ids[0]).all(dim=0)[:longest].cumprod(dim=0).sum())
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -350,9 +463,39 @@ def frozen_copy(policy: Policy) -> Policy:
     return reference
 
 
+class TokenLogprobs(torch.autograd.Function):
+    """`token_logprobs`, a few rows at a time.
+
+    PyTorch's own steps hold, and on a CPU wait for, three float32 numbers for each token of the
+    vocabulary at each position.
+    """
+
+    @staticmethod
+    def forward(context, logits: Tensor, ids: Tensor) -> Tensor:
+        context.save_for_backward(logits, ids)
+        pieces = in_pieces(logits, ids)
+        return torch.cat([some.float().log_softmax(dim=1).gather(1, id) for some, id in pieces])
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        """d log p(id) / d logits = onehot(id) - p."""
+        logits, ids = context.saved_tensors
+        slopes = []
+        for some, id, pull in in_pieces(logits, ids, gradient):
+            slope = some.float().softmax(dim=1).mul_(-pull.sum(dim=1, keepdim=True))
+            slopes.append(slope.scatter_add_(1, id, pull).to(logits.dtype))
+        return torch.cat(slopes), None
+
+
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of ids (N, T) under logits (N, T, V), in float32: (N, T)."""
-    return logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    """Log-probability of ids (N, K) under logits (N, V), in float32: (N, K)."""
+    return TokenLogprobs.apply(logits, ids)
+
+
+def in_pieces(logits: Tensor, *others: Tensor):
+    """Cut tensors of N rows, the first of them logits (N, V), into pieces for a CPU's cache."""
+    rows = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 def micro_batches(mask: Tensor, config, trim: bool) -> list[tuple[slice, tuple[slice, slice]]]:
@@ -375,12 +518,15 @@ def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor)
     completion_ids = prompt_ids[:, -4:].flip(1)  # (B, 4): any tokens will do
     try:
         with torch.no_grad():
+            _, context = policy.encode(prompt_ids, prompt_mask, 1)
+            if len(context.cache) < policy.model.config.num_hidden_layers:
+                raise ValueError("it has layers without attention")
             shared = policy(prompt_ids, prompt_mask, completion_ids.repeat_interleave(2, dim=0))
             whole = []
             for row, mask, completion in zip(prompt_ids, prompt_mask, completion_ids, strict=True):
                 ids = torch.cat([row[mask == 1], completion])[None]
                 logits = policy.model(input_ids=ids, use_cache=False, logits_to_keep=5).logits
-                whole += 2 * [token_logprobs(logits[:, :-1], completion[None])]
+                whole += 2 * [token_logprobs(logits[0, :-1], completion[:, None]).T]
         gap = (shared - torch.cat(whole)).abs().max().item()
         problem = f"changes its log-probabilities by {gap:.2g}"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -31,14 +31,12 @@ def eager(function: Callable, *tensors: Tensor | None):
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """As while recording: transformers looks into no mask, and what waits for the GPU fails."""
-    capturing, mode = torch.cuda.is_current_stream_capturing, torch.cuda.get_sync_debug_mode()
-    torch.cuda.is_current_stream_capturing = lambda: True
+    """As while recording: what waits for the GPU fails."""
+    mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.is_current_stream_capturing = capturing
         torch.cuda.set_sync_debug_mode(mode)
 
 

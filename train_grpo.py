@@ -42,10 +42,10 @@ from policy import (
     encode_prompts,
     end_token_ids,
     frozen_copy,
+    keep_freed_memory,
     load_model,
     make_prompt,
     micro_batches,
-    token_logprobs,
 )
 from replay import Graphs, eager, wanted
 from rewards import score, summarise
@@ -174,24 +174,24 @@ def rollout(
     end_ids = torch.tensor(end_token_ids(policy.model, tokenizer), device=prompts[0].device)
 
     def sample(prompt_ids: Tensor, prompt_mask: Tensor, end_ids: Tensor):
-        logits, context = policy.encode(prompt_ids, prompt_mask, group)
-        alive = torch.ones_like(logits[:, 0, 0], dtype=torch.bool)  # (B*G,)
-        ids, masks, logprobs = [], [], []  # of T tensors (B*G,)
+        logits, context = policy.encode(prompt_ids, prompt_mask, group)  # (B*G, V)
+        alive = torch.ones_like(logits[:, :1], dtype=torch.bool)  # (B*G, 1)
+        steps = []  # T times ids, mask and log-probabilities, (B*G, 1) each
         while True:
-            step = logits[:, -1].float()  # (B*G, V)
+            scores = logits.float().log_softmax(dim=1)  # (B*G, V)
             if temperature == 0:
-                token = step.argmax(dim=-1)
+                token = scores.argmax(dim=1, keepdim=True)  # (B*G, 1)
             else:
-                # As torch.multinomial draws, which would wait for the GPU to check its input.
-                noise = torch.empty_like(step).exponential_(generator=generator)
-                token = ((step / temperature).softmax(dim=-1) / noise).argmax(dim=-1)
-            ids.append(token)
-            masks.append(alive)
-            logprobs.append(token_logprobs(step, token))
+                # One uniform number each, looked up in the cumulated probabilities. (multinomial
+                # would draw one for each token there is, and have the GPU waited for.)
+                cumulated = (scores / temperature).softmax(dim=1).double().cumsum(dim=1)
+                uniform = torch.empty_like(cumulated[:, :1]).uniform_(generator=generator)
+                token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+            steps.append((token, alive, scores.gather(1, token)))
             alive = alive & ~torch.isin(token, end_ids)
-            if len(ids) == max_new_tokens or (graphs is None and not alive.any()):
-                return [torch.stack(columns, dim=1) for columns in (ids, masks, logprobs)]
-            logits = policy.read(token.unsqueeze(1), context)
+            if len(steps) == max_new_tokens or (graphs is None and not alive.any()):
+                return [torch.cat(columns, dim=1) for columns in zip(*steps, strict=True)]
+            logits = policy.go_on(context, token)  # (B*G, V)
 
     completion_ids, mask, logprobs = (graphs or eager)(sample, *prompts, end_ids)  # (B*G, T)
     spoken = (mask & ~torch.isin(completion_ids, end_ids)).cpu()
@@ -491,9 +491,9 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    keep_freed_memory()
     with spread.joined(), StopRequest() as stop:
-        return train(spread.agreed(parse_config, argv), stop)
+        return train(spread.agreed(parse_config, sys.argv[1:] if argv is None else argv), stop)
 
 
 if __name__ == "__main__":

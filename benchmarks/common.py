@@ -22,7 +22,6 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import policy
 import spread
 from bookkeeping import new_metrics
 from checkpoint import prepare_output_dir, write_json
@@ -32,6 +31,7 @@ from policy import (
     describe_environment,
     encode_prompts,
     frozen_copy,
+    keep_freed_memory,
     load_model,
     peak_memory,
 )
@@ -70,12 +70,6 @@ class Work:
     config: Config = field(
         default_factory=lambda: Config(min_operand=0, max_operand=9, kl_estimator="k3")
     )
-
-    @property
-    def read_once(self) -> int:
-        """How many tokens of the prompts the loop reads once for the whole batch."""
-        saved = self.beginning * (self.config.batch_size - 1)
-        return self.beginning if saved >= policy.WORTH_A_PASS else 0
 
     def describe(self) -> dict:
         """The work as a result file names it."""
@@ -139,6 +133,7 @@ def load(work: Work):
 
 def start(work: Work):
     """Return (state, reference, tokenizer, prompt, config): what `train_iteration` takes."""
+    keep_freed_memory()
     model, tokenizer, prompt = load(work)
     policy, config = Policy(model, work.dtype), work.config
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from benchmarks.common import Work
@@ -24,60 +23,52 @@ class Op(NamedTuple):
         return (2 if self.kind == "linear" else 4) * math.prod(self.sizes) * self.times
 
 
-def forward_ops(model, rows: int, tokens: int, context: int, logits: int) -> list[Op]:
-    """One forward of a Llama-like `model` (a config): `rows` sequences of `tokens` new tokens each.
+class Part(NamedTuple):
+    """`rows` sequences of `tokens` new tokens each, in the row of tokens that is read at once.
 
     They attend to `context` positions, themselves included (all of them, as the kernels compute
-    it, though a causal mask then drops some); `logits` positions are projected to the vocabulary.
+    it, though a causal mask then drops some).
     """
+
+    rows: int
+    tokens: int
+    context: int
+
+
+def forward_ops(model, parts: list[Part], logits: int) -> list[Op]:
+    """One forward of a Llama-like `model` (a config); it projects `logits` positions to words."""
     hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
     linear = Counter([(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)])
     linear += Counter([(hidden, inner), (hidden, inner), (inner, hidden)])
-    ops = [Op("linear", (rows * tokens, *shape), n * layers) for shape, n in linear.items()]
-    shape = rows, model.num_attention_heads, tokens, context, model.head_dim
-    return [
-        *ops,
-        Op("attention", shape, layers),
-        Op("linear", (logits, hidden, model.vocab_size), 1),
-    ]
-
-
-def only_cached(model, tokens: int) -> list[Op]:
-    """What one sequence takes whose keys and values alone are used: the rest of the last layer, and
-    the logits, get no gradient."""
-    below = SimpleNamespace(**{**vars(model), "num_hidden_layers": model.num_hidden_layers - 1})
-    keys = model.num_key_value_heads * model.head_dim
-    *ops, _ = forward_ops(below, 1, tokens, tokens, logits=0)
-    return [*ops, Op("linear", (tokens, model.hidden_size, keys), 2)]
+    row = sum(part.rows * part.tokens for part in parts)
+    ops = [Op("linear", (row, *shape), n * layers) for shape, n in linear.items()]
+    for rows, tokens, context in parts:
+        shape = rows, model.num_attention_heads, tokens, context, model.head_dim
+        ops.append(Op("attention", shape, layers))
+    return [*ops, Op("linear", (logits, hidden, model.vocab_size), 1)]
 
 
 def operations(model, work: Work) -> dict[str, list[Op]]:
     """What one iteration needs, by phase; "backward" lists the forward that is gone back through.
 
-    Each prompt is read once per pass and serves its whole group (and what all prompts begin with
-    serves the whole batch, where that pays); the last token of a completion is
-    never read; logits are made where a token follows. A backward pass is two products per product.
+    Each prompt is read once per pass and serves its whole group, what all prompts begin with serves
+    the whole batch; the last token of a completion is never read; logits are made where a token
+    follows. A backward pass is two products per product.
     """
     c, prompt = work.config, work.prompt_tokens
     rows, new = c.batch_size * c.num_generations, c.max_new_tokens
-    once = work.read_once
-    first = forward_ops(model, 1, once, once, logits=1) if once else []
-    prefix = forward_ops(model, c.batch_size, prompt - once, prompt, logits=c.batch_size)
-    steps = [forward_ops(model, rows, 1, prompt + step, logits=rows) for step in range(1, new)]
-    rest = rows * (new - 1)
-    whole = prefix + (forward_ops(model, rows, new - 1, prompt + new - 1, rest) if rest else [])
-
-    def updates(ops: list[Op]) -> list[Op]:
-        return [op._replace(times=op.times * c.num_inner_updates) for op in ops]
-
-    return {
-        "rollout": first + prefix + [op for step in steps for op in step],
-        "reference": first + whole,
-        "forward": updates(first + whole),
-        "backward": updates((only_cached(model, once) if once else []) + whole),
-    }
+    once = work.beginning if c.batch_size > 1 else 0
+    prompts = [Part(1, once, once)] if once else []
+    prompts.append(Part(c.batch_size, prompt - once, prompt))
+    rollout = forward_ops(model, prompts, logits=c.batch_size)
+    for step in range(1, new):
+        rollout += forward_ops(model, [Part(rows, 1, prompt + step)], logits=rows)
+    completions = [Part(rows, new - 1, prompt + new - 1)] if new > 1 else []
+    whole = forward_ops(model, prompts + completions, logits=c.batch_size + rows * (new - 1))
+    updates = [op._replace(times=op.times * c.num_inner_updates) for op in whole]
+    return {"rollout": rollout, "reference": whole, "forward": updates, "backward": updates}
 
 
 def count_flops(model, work: Work) -> dict[str, int]:
