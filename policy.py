@@ -54,13 +54,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for the tensors to come.
+def keep_freed_memory(device: torch.device) -> None:
+    """Have the C library keep what is freed, for the tensors to come, where they are on the CPU.
 
     By default it hands large blocks back to the system, which must zero each page before it gives
-    it out again: a tenth of an iteration of a large model on a CPU.
+    it out again: a tenth of an iteration of a large model.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    here = sys.platform == "linux" and device.type == "cpu"
+    libc = ctypes.CDLL(None) if here else None
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -307,6 +308,8 @@ def branching_attention(
     if context is None:
         options["sliding_window"] = sliding_window
         return attend(module, query, key, value, attention_mask, **options)
+    if attention_mask.numel() > 1:
+        raise ValueError("the model makes an attention mask of its own")
     past, mixed = context.cache.get(module.layer_idx), []
     tokens = [len(real) * steps for real, _, steps in context.parts]
     parts = zip(*(x.squeeze(0).split(tokens, dim=1) for x in (query, key, value)), strict=True)
@@ -342,12 +345,10 @@ class Policy(nn.Module):
         attend = transformers.AttentionInterface().get(name)
         if name == "sdpa" and compute_dtype == torch.bfloat16 and model.device.type == "cpu":
             # There PyTorch's fused attention takes more than twice the time.
-            transformers.AttentionInterface.register("grouped", grouped_attention)
-            masks.register("grouped", masks()["eager"])
             name, attend = "grouped", grouped_attention
         branching = f"branching {name}"
         transformers.AttentionInterface.register(branching, partial(branching_attention, attend))
-        masks.register(branching, masks()[name])
+        masks.register(branching, masks()["eager" if name == "grouped" else name])
         model.set_attn_implementation(branching)
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor) -> Tensor:
@@ -423,8 +424,6 @@ class Policy(nn.Module):
             # Of four dimensions, so that the model leaves it alone: the context has the real ones.
             "attention_mask": context.mask[None, None, :1, :1],
             "use_cache": False,
-            # By index, not by count: a slice is not contiguous, and a product with it would first
-            # copy the vocabulary's whole matrix for each sequence.
             "logits_to_keep": torch.cat(kept),
             "context": context,
         }
@@ -432,6 +431,11 @@ class Policy(nn.Module):
             output = torch.func.functional_call(self.model, context.weights, kwargs=inputs)
         else:
             output = self.model(**inputs)
+        if len(context.cache) < self.model.config.num_hidden_layers:
+            raise UserError(
+                f"a model of type {self.model.config.model_type} cannot be used here: some of its"
+                " layers do not attend as transformers has it; choose another model"
+            )
         logits = output.logits.squeeze(0).split([len(index) for index in kept])
         shapes = ((len(part.ids), part.keep, output.logits.shape[-1]) for part in parts)
         return [some.view(shape) for some, shape in zip(logits, shapes, strict=True)]
@@ -464,9 +468,9 @@ def frozen_copy(policy: Policy) -> Policy:
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """`token_logprobs`, a few rows at a time.
+    """`token_logprobs`, on a CPU a few rows at a time.
 
-    PyTorch's own steps hold, and on a CPU wait for, three float32 numbers for each token of the
+    PyTorch's own steps hold, and there wait for, three float32 numbers for each token of the
     vocabulary at each position.
     """
 
@@ -490,6 +494,20 @@ class TokenLogprobs(torch.autograd.Function):
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of ids (N, K) under logits (N, V), in float32: (N, K)."""
     return TokenLogprobs.apply(logits, ids)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index from each row of probabilities (N, V): (N, 1).
+
+    By one uniform number each, looked up among the cumulated probabilities; torch.multinomial draws
+    one for each index there is, and has a GPU waited for.
+    """
+    # In double, or what is unlikely would be rounded away; mps has none.
+    wide = torch.float if probabilities.device.type == "mps" else torch.double
+    cumulated = probabilities.to(wide).cumsum(dim=1)
+    uniform = torch.empty_like(cumulated[:, :1]).uniform_(generator=generator)
+    index = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+    return index.clamp(max=probabilities.shape[1] - 1)  # past the end, if they are not numbers
 
 
 def in_pieces(logits: Tensor, *others: Tensor):
@@ -516,12 +534,20 @@ def micro_batches(mask: Tensor, config, trim: bool) -> list[tuple[slice, tuple[s
 def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
     """Raise UserError unless sharing prompts (B, P) gives what whole unpadded sequences give."""
     completion_ids = prompt_ids[:, -4:].flip(1)  # (B, 4): any tokens will do
+    config, dtype = policy.model.config, policy.compute_dtype
+    chunked = getattr(config, "attention_chunk_size", None)
+    branching = config._attn_implementation
+    policy.compute_dtype = torch.float32  # in which a mistake shows
     try:
         with torch.no_grad():
             _, context = policy.encode(prompt_ids, prompt_mask, 1)
-            if len(context.cache) < policy.model.config.num_hidden_layers:
-                raise ValueError("it has layers without attention")
+            windows = [window for _, window in context.masks if window]
+            if not windows and (getattr(config, "sliding_window", None) or chunked):
+                raise ValueError("it does not say which of its layers see how far")
             shared = policy(prompt_ids, prompt_mask, completion_ids.repeat_interleave(2, dim=0))
+            # The model by itself; some look at the name of their attention.
+            plain = branching.removeprefix("branching ").replace("grouped", "sdpa")
+            policy.model.set_attn_implementation(plain)
             whole = []
             for row, mask, completion in zip(prompt_ids, prompt_mask, completion_ids, strict=True):
                 ids = torch.cat([row[mask == 1], completion])[None]
@@ -531,10 +557,13 @@ def check_shared_prefix(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor)
         problem = f"changes its log-probabilities by {gap:.2g}"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         gap, problem = math.inf, f"fails ({str(error).splitlines()[0]})"
-    if not gap < (1e-3 if policy.compute_dtype == torch.float32 else 0.5):
+    finally:
+        policy.compute_dtype = dtype
+        policy.model.set_attn_implementation(branching)
+    if not gap < 1e-3:
         raise UserError(
-            f"a model of type {policy.model.config.model_type} cannot be trained here: sharing the"
-            f" encoded prompt {problem}; choose another model"
+            f"a model of type {config.model_type} cannot be used here: sharing what was read of a"
+            f" prompt {problem}; choose another model"
         )
 
 

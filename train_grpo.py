@@ -39,6 +39,7 @@ from policy import (
     check_fit,
     choose_device,
     choose_preset,
+    draw,
     encode_prompts,
     end_token_ids,
     frozen_copy,
@@ -182,11 +183,7 @@ def rollout(
             if temperature == 0:
                 token = scores.argmax(dim=1, keepdim=True)  # (B*G, 1)
             else:
-                # One uniform number each, looked up in the cumulated probabilities. (multinomial
-                # would draw one for each token there is, and have the GPU waited for.)
-                cumulated = (scores / temperature).softmax(dim=1).double().cumsum(dim=1)
-                uniform = torch.empty_like(cumulated[:, :1]).uniform_(generator=generator)
-                token = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+                token = draw((scores / temperature).softmax(dim=1), generator)
             steps.append((token, alive, scores.gather(1, token)))
             alive = alive & ~torch.isin(token, end_ids)
             if len(steps) == max_new_tokens or (graphs is None and not alive.any()):
@@ -421,6 +418,7 @@ def train(config: Config, stop: StopRequest) -> int:
         return 0
     with spread.together():
         device = choose_device(config.device)
+        keep_freed_memory(device)
         model, tokenizer = load_model(config.model_name, device)
         bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
@@ -491,7 +489,6 @@ def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
-    keep_freed_memory()
     with spread.joined(), StopRequest() as stop:
         return train(spread.agreed(parse_config, sys.argv[1:] if argv is None else argv), stop)
 

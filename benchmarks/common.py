@@ -133,7 +133,7 @@ def load(work: Work):
 
 def start(work: Work):
     """Return (state, reference, tokenizer, prompt, config): what `train_iteration` takes."""
-    keep_freed_memory()
+    keep_freed_memory(CPU)
     model, tokenizer, prompt = load(work)
     policy, config = Policy(model, work.dtype), work.config
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)

@@ -175,7 +175,7 @@ MUTANTS = [
         "test_replay.py",
     ),
     in_policy(
-        "the head reads a slice",
+        "logits of the last tokens only",
         '"logits_to_keep": torch.cat(kept),',
         '"logits_to_keep": sum(map(len, kept)),',
         "test_logprobs.py",
@@ -228,7 +228,7 @@ MUTANTS = [
         "(scores / temperature * 1.15).softmax(dim=1)",
         "test_sampling.py",
     ),
-    in_trainer(
+    in_policy(
         "sampled from the global generator",
         ".uniform_(generator=generator)",
         ".uniform_()",

@@ -72,17 +72,6 @@ def test_shared_prefix_scores_ragged_completions_like_whole_sequences(name, begi
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_head_reads_contiguous_states_or_it_would_copy_its_matrix_for_each_prompt(
-    name, beginning_shared
-):
-    policy, batch, read = Policy(small_model(name)), ragged_batch(PROMPTS, COMPLETIONS), []
-    head = policy.model.get_output_embeddings()
-    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].is_contiguous()))
-    policy(batch.prompt_ids, batch.prompt_mask, batch.completion_ids)
-    assert read == [True]
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bfloat16_on_a_cpu_attends_as_the_model_itself_does(name):
     policy, batch = Policy(small_model(name), torch.bfloat16), ragged_batch(PROMPTS, COMPLETIONS)
     inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids
@@ -196,7 +185,7 @@ RECURRENT = {
 @pytest.mark.parametrize("name", RECURRENT)
 def test_the_start_up_comparison_refuses_a_model_with_layers_that_do_not_attend(name):
     policy = Policy(AutoModelForCausalLM.from_config(RECURRENT[name]))
-    with pytest.raises(UserError, match=f"a model of type {name} cannot be trained here"):
+    with pytest.raises(UserError, match=f"a model of type {name} cannot be used here"):
         check_shared_prefix(policy, *left_padded(PROMPTS))
 
 
@@ -209,8 +198,27 @@ def test_the_start_up_comparison_refuses_a_model_that_ignores_what_it_is_told(ig
         return forward(**{name: value for name, value in inputs.items() if name != ignored})
 
     policy.model.forward = deaf
-    with pytest.raises(UserError, match="a model of type gpt2 cannot be trained here"):
+    with pytest.raises(UserError, match="a model of type gpt2 cannot be used here"):
         check_shared_prefix(policy, *left_padded(PROMPTS))
+
+
+def test_the_start_up_comparison_refuses_a_window_that_it_is_not_told_of():
+    policy = Policy(small_model("llama"))
+    check_shared_prefix(policy, *left_padded(PROMPTS))
+    policy.model.config.sliding_window = 1000  # far longer than what is compared
+    with pytest.raises(UserError, match="which of its layers see how far"):
+        check_shared_prefix(policy, *left_padded(PROMPTS))
+
+
+def test_a_model_that_makes_its_own_mask_or_attends_elsewhere_is_refused_when_it_reads():
+    policy = Policy(small_model("llama"))
+    forward = policy.model.forward
+    policy.model.forward = lambda attention_mask, **inputs: forward(**inputs)
+    with pytest.raises(ValueError, match="an attention mask of its own"):
+        policy.encode(*left_padded(PROMPTS), 1)
+    policy.model.forward = lambda context, **inputs: forward(**inputs)
+    with pytest.raises(UserError, match="a model of type llama cannot be used here"):
+        policy.encode(*left_padded(PROMPTS), 1)
 
 
 def test_the_start_up_comparison_comes_before_training(tiny, monkeypatch, tmp_path):

@@ -66,6 +66,10 @@ def measured(name: str) -> dict:
     [
         ("bundled, 1M | float32", "vs_trl"),
         ("SmolLM2-135M's shape | bfloat16", "vs_trl_135m"),
+        (
+            "SmolLM2-135M's shape, both keep freed memory | bfloat16",
+            "vs_trl_135m_same_allocator",
+        ),
     ],
 )
 def test_the_figures_beside_trl_are_those_of_their_result_file(label, name):

@@ -15,7 +15,7 @@ from small_models import (
 )
 
 import train_grpo
-from policy import Policy
+from policy import Policy, draw
 from train_grpo import Config, rollout, update_policy
 
 PROMPTS = [random_ids(length, seed=length) for length in (3, 9, 12)]
@@ -178,3 +178,25 @@ def test_the_generator_alone_decides_what_is_drawn():
         draws.append(batch.completion_ids)
     assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
     assert not torch.equal(draws[0][:, :3], draws[1][:, :3])
+
+
+def test_a_draw_takes_what_a_uniform_number_falls_on_and_nothing_impossible():
+    generator = seeded(5)
+    probabilities = torch.rand(2000, 7, generator=generator).softmax(dim=1)
+    probabilities[:, [0, 3, 6]] = 0
+    uniform = torch.rand(2000, 1, dtype=torch.double, generator=seeded(6))
+    expected = []
+    for row, at in zip(probabilities.double().tolist(), uniform[:, 0].tolist(), strict=True):
+        sums = itertools.accumulate(row)
+        expected.append(next(i for i, total in enumerate(sums) if at * sum(row) < total))
+    drawn = draw(probabilities, seeded(6))
+    assert drawn.tolist() == [[index] for index in expected] and set(expected) == {1, 2, 4, 5}
+
+
+def test_a_draw_from_what_is_no_number_is_a_token_all_the_same():
+    assert draw(torch.full((3, 5), torch.nan), seeded(0)).tolist() == [[4]] * 3
+    policy = Policy(small_model("llama"))
+    for parameter in policy.parameters():
+        parameter.data.fill_(torch.nan)  # as weights that have exploded: losses then are no numbers
+    batch = rollout(policy, Numbers(), left_padded(PROMPTS), 4, 6, seeded(1))
+    assert batch.completion_ids.max() < policy.model.config.vocab_size
