@@ -58,7 +58,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """Have the C library keep what is freed, for the tensors to come, where they are on the CPU.
 
     By default it hands large blocks back to the system, which must zero each page before it gives
-    it out again: a tenth of an iteration of a large model.
+    it out again: up to a tenth of an iteration of a large model.
     """
     here = sys.platform == "linux" and device.type == "cpu"
     libc = ctypes.CDLL(None) if here else None
