@@ -253,6 +253,11 @@ class Part(NamedTuple):
     keep: int  # of how many of the last of the S tokens logits are wanted
 
 
+def unpadded(ids: Tensor, keep: int) -> Part:
+    """A part of which all tokens are real."""
+    return Part(ids, torch.ones_like(ids, dtype=torch.bool), keep)
+
+
 class Context:
     """What a model has read so far, of N sequences: all that it needs to read on."""
 
@@ -361,7 +366,7 @@ class Policy(nn.Module):
         first, others = completion_ids[:, :1], completion_ids[:, 1:]
         if others.shape[1]:
             body = completion_ids[:, :-1]
-            parts.append(Part(body, torch.ones_like(body, dtype=torch.bool), body.shape[1]))
+            parts.append(unpadded(body, body.shape[1]))
             *_, last, logits = self.read(context, *parts)
             later = token_logprobs(logits.flatten(0, 1), others.flatten()[:, None])
         else:
@@ -382,7 +387,7 @@ class Policy(nn.Module):
 
     def go_on(self, context: Context, token: Tensor) -> Tensor:
         """Read one token more of each sequence, (B*G, 1): the logits of the next, (B*G, V)."""
-        [logits] = self.read(context, Part(token, torch.ones_like(token, dtype=torch.bool), 1))
+        [logits] = self.read(context, unpadded(token, 1))
         return logits.squeeze(1)
 
     def begin(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Context, list[Part]]:
@@ -399,7 +404,7 @@ class Policy(nn.Module):
         if begin:
             start = int(padding[0])
             ids = prompt_ids[:1, start : start + begin]  # (1, begin)
-            parts.append(Part(ids, torch.ones_like(ids, dtype=torch.bool), 0))
+            parts.append(unpadded(ids, 0))
         rest = prompt_ids[:, begin:]
         mask = torch.arange(rest.shape[1], device=rest.device) >= padding
         parts.append(Part(rest, mask, 1))
