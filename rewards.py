@@ -10,7 +10,6 @@ under reward pressure finds every gap in its judge, so the rules are narrow: one
 around it, a plain decimal integer inside. Text is matched, never evaluated.
 """
 
-import math
 import re
 from typing import NamedTuple
 
@@ -48,29 +47,3 @@ def score(completion: str, truth: int) -> Score:
     formatted, number = parse_completion(completion)
     distance = None if number is None else abs(number - truth)
     return Score(formatted, distance is not None and distance <= 1, distance == 0)
-
-
-def summarise(scores: list[Score]) -> dict:
-    """Share of exact answers with its 95% interval (`low`, `high`), and share of well-formed ones.
-
-    The score interval of Wilson (1927), which is honest near 0 and near 1 too.
-    """
-    n, z2 = len(scores), 1.96**2
-    p = sum(score.exact for score in scores) / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    spread = math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
-    return {
-        "accuracy": p,
-        "low": min(p, max(0.0, centre - spread)),  # at 0 and 1, p up to rounding
-        "high": max(p, min(1.0, centre + spread)),
-        "format": sum(score.format for score in scores) / n,
-        "problems": n,
-    }
-
-
-def describe(accuracies: dict[str, dict]) -> str:
-    """`sampled 36.1% (32.1-40.4), greedy ...` from summaries by name; the interval in brackets."""
-    return ", ".join(
-        f"{name} {100 * s['accuracy']:.1f}% ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
-        for name, s in accuracies.items()
-    )

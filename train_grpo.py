@@ -5,22 +5,25 @@
     python train_grpo.py --preset tiny --seed 1 --output_dir runs/seed1
     torchrun --standalone --nproc_per_node=8 train_grpo.py --batch_size 32   # eight GPUs
 
-GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network: it samples a group of G
-completions for each of B problems, scores them, and takes how far a reward lies above the mean of
-its own group as the advantage of that completion. This file follows the data: configuration, task,
-prompts, policy, rollout, rewards, advantages, loss, evaluation, loop.
+GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network. It samples a group of G
+completions for each of B problems and scores them; the advantage of a completion is how far its
+reward lies above the mean of its group. This file follows the data: settings, task, rollout,
+rewards, advantages, loss, update, evaluation, loop.
 
 Where it departs from the paper:
-1. The reference model stays frozen for the whole run; the paper renews it between rounds.
+1. The reference stays frozen for the whole run; the paper renews it between rounds.
 2. A rule scores each completion as a whole; the paper trains a reward model.
-3. The default KL term, `k3_inverse`, turns the sign of d round; `k3` is the paper's: `kl_term`.
-4. A group whose rewards are all equal has advantage 0 exactly; it still feels the KL term.
+3. The default KL estimator, `k3_inverse`, flips the sign of d; `k3` is the paper's. See `kl_term`.
+4. A group whose rewards are all equal has advantage 0 exactly; the KL term still applies to it.
 """
 
 import math
+import operator
 import random
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,29 +31,38 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import spread
-from bookkeeping import Bookkeeper, begin, describe_batch, finished_already, new_metrics
-from checkpoint import StopRequest, run_folder
-from cli import Parser, UserError, check_ranges, exit_code, setting
-from policy import (
-    Policy,
-    check_fit,
+from engine.checkpoint import StopRequest, run_folder
+from engine.cli import Parser, UserError, check_ranges, exit_code, setting
+from engine.distributed import (
+    all_gather,
+    all_reduce_mean,
+    broadcast_object,
+    process_group,
+    rank,
+    rank_seed,
+    rank_zero_only,
+    shard,
+    sync_errors,
+    sync_on_last,
+    world_size,
+    wrap_ddp,
+)
+from engine.models import (
+    check_length,
     choose_device,
+    choose_dtype,
     choose_preset,
-    draw,
     encode_prompts,
-    end_token_ids,
-    frozen_copy,
+    eos_token_ids,
     keep_freed_memory,
     load_model,
     make_prompt,
-    micro_batches,
 )
-from replay import Graphs, eager, wanted
-from rewards import score, summarise
-from task import Problem, check_enough, held_out_problems, off_task_questions, training_problems
+from engine.policy import Policy, Rollout, frozen_copy, sample_tokens
+from engine.run import RunLogger, accuracy_summary, already_finished
+from engine.tree import choose_policy
+from rewards import score
 
 
 @dataclass
@@ -62,16 +74,16 @@ class Config:
     )
     model_name: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "folder or hub id of a chat model")
     output_dir: str = setting(".", "folder for metrics, plots, checkpoints/ and saved_model/")
-    resume: bool = setting(False, "go on from the newest checkpoint in output_dir")
-    seed: int = setting(0, "seeds the training problems and the sampling", 0, 2**32 - 1)
+    resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
+    seed: int = setting(0, "seed of the training problems and of the sampling", 0, 2**32 - 1)
     device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "compute type; auto is bfloat16 on cuda; the weights are float32 always"
+        "auto", "compute type; auto: bfloat16 on cuda if native, else float32; weights are float32"
     )
-    fixed_shapes: Literal["auto", "on", "off"] = setting(
-        "auto", "pad all to fixed lengths, to be replayed as CUDA graphs; auto is on on cuda"
+    policy: Literal["auto", "tree", "plain"] = setting(
+        "auto", "tree reads each distinct prefix once; auto falls back to plain if it does not fit"
     )
-    # The task, and how it is asked. Three factors of three digits make the nine that are scored.
+    # The task, and how it is asked. Three factors of three digits give nine, all that is scored.
     min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
     max_operand: int = setting(10, "largest operand of a problem", -999, 999)
     system_prompt: str = setting(
@@ -80,28 +92,32 @@ class Config:
     num_examples: int = setting(0, "worked examples in the chat before the question", 0, 3)
     # GRPO
     learning_rate: float = setting(1e-7, "learning rate of AdamW, constant", 0, 1)
-    batch_size: int = setting(4, "B, problems per iteration", 1)
-    num_generations: int = setting(8, "G, completions sampled per problem: the group", 2)
-    max_new_tokens: int = setting(16, "longest completion, in tokens", 1)
-    num_iterations: int = setting(2000, "batches of groups to sample and learn from", 1)
+    batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
+    num_generations: int = setting(8, "G, completions sampled per problem: the group", 2, 65536)
+    max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
+    num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
     kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
-    micro_batch_size: int = setting(0, "completions per backward pass, to save memory; 0 is all", 0)
-    # Evaluating, keeping, stopping
-    eval_every: int = setting(200, "iterations between evaluations on validation; 0 is none", 0)
-    eval_problems: int = setting(512, "problems per evaluation, at most", 1)
-    checkpoint_every: int = setting(0, "iterations per checkpoint; 0: 25 or 2 min, the longer", 0)
-    patience: int = setting(0, "stop after so many evaluations without a clear gain; 0 is never", 0)
-    max_kl: float = setting(0, "stop when the last 50 iterations' mean kl is above; 0 is never", 0)
+    micro_batch_size: int = setting(0, "completions per backward pass; 0 is as many as fit", 0)
+    # Evaluating, saving, stopping
+    eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
+    eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
+    checkpoint_every: int = setting(
+        0, "iterations between checkpoints; 0: 25 or 2 minutes, whichever is longer", 0
+    )
+    patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
+    max_kl: float = setting(
+        0, "stop when mean kl of the last 50 iterations exceeds it; 0: never", 0
+    )
 
 
 PRESETS: dict[str, dict] = {
     "reference": {},
-    # Zero-shot it never writes the tags, so nothing could be rewarded; three worked examples do it.
-    # Few answers are right at first, so batches are large. In bfloat16 and pieces it fits a laptop.
+    # Zero-shot it never writes the tags, so nothing is rewarded; three worked examples fix that.
+    # Few answers are right at first, so batches are large. bfloat16 halves the time on a CPU.
     "smollm2": {
         "model_name": "models/SmolLM2-135M-Instruct",
         "num_examples": 3,
@@ -110,10 +126,8 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "num_inner_updates": 1,
         "kl_estimator": "k3",
-        "micro_batch_size": 32,
     },
-    # So small a model takes, and needs, far larger steps, and so larger batches. With k3 it learns
-    # a little faster than with k3_inverse: benchmarks/study.py.
+    # A small model takes, and needs, a far higher learning rate, and so larger batches.
     "tiny": {
         "model_name": "tiny_model",
         "learning_rate": 2e-5,
@@ -126,7 +140,7 @@ PRESETS: dict[str, dict] = {
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Read the command line: flags beat the preset, the preset beats the defaults."""
+    """Read the command line: flags override the preset, the preset overrides the defaults."""
     parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
@@ -134,26 +148,84 @@ def parse_config(argv: list[str]) -> Config:
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_ranges(config)
-    group, micro, batch = config.num_generations, config.micro_batch_size, config.batch_size
-    if micro and micro % group and group % micro:
-        raise UserError(f"--micro_batch_size {micro}: must divide or be a multiple of {group}")
-    check_enough(config)
-    if batch % spread.size():
-        raise UserError(f"--batch_size {batch}: must be a multiple of {spread.size()} (processes)")
+    batch, group = config.batch_size, config.num_generations
+    if batch * group > 65536:
+        raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
+    if batch % world_size():
+        raise UserError(f"--batch_size {batch}: must be a multiple of {world_size()} (processes)")
+    if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
+        low, high = config.min_operand, config.max_operand
+        raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
     print(f"preset {preset}: {reason}")
     return config
 
 
-@dataclass
-class Rollout:
-    """Completions of B prompts, G each, with what it takes to train on them."""
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
-    prompt_ids: Tensor  # (B, P)
-    prompt_mask: Tensor  # (B, P)
-    completion_ids: Tensor  # (B*G, T)
-    mask: Tensor  # (B*G, T) float32: 1 up to the end token and on it, 0 after
-    logprobs: Tensor  # (B*G, T) float32, as recorded while sampling
-    texts: list[str]  # B*G, without the end token
+
+@dataclass(frozen=True)
+class Problem:
+    """(a op1 b) op2 c"""
+
+    a: int
+    op1: str
+    b: int
+    op2: str
+    c: int
+
+    @property
+    def question(self) -> str:
+        return f"What is ({self.a} {self.op1} {self.b}) {self.op2} {self.c}?"
+
+    @property
+    def answer(self) -> int:
+        return OPERATORS[self.op2](OPERATORS[self.op1](self.a, self.b), self.c)
+
+    @property
+    def split(self) -> str:
+        """train (90%), validation (5%) or test (5%), by a hash that no seed changes.
+
+        Commutative operands are sorted first: (3 + 4) * 5 and (4 + 3) * 5 are one problem.
+        """
+        a, b = (self.a, self.b) if self.op1 == "-" else sorted((self.a, self.b))
+        bucket = zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode()) % 20
+        return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+# Worked examples for a prompt, all of them training problems.
+EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(9, "-", 2, "-", 5), Problem(6, "*", 2, "+", 8)]
+
+
+def training_problems(count: int, rng: random.Random, config: Config) -> list[Problem]:
+    """Draw `count` problems of the training split, with replacement."""
+    problems: list[Problem] = []
+    while len(problems) < count:
+        a, b, c = (rng.randint(config.min_operand, config.max_operand) for _ in range(3))
+        problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
+        problems += [problem] if problem.split == "train" else []
+    return problems
+
+
+def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
+    """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
+    width = max(0, config.max_operand - config.min_operand + 1)
+    total = 9 * width**3
+    problems = []
+    # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
+    for index in random.Random(0).sample(range(total), min(total, 40 * count + 1000)):
+        digits = [index // width**i % width + config.min_operand for i in range(3)]
+        op1, op2 = divmod(index // width**3, 3)
+        problem = Problem(digits[0], "+-*"[op1], digits[1], "+-*"[op2], digits[2])
+        if problem.split == split and len(problems) < count:
+            problems.append(problem)
+    return problems
+
+
+def arithmetic_prompt(config: Config) -> dict:
+    """How the model is asked: system line and worked examples."""
+    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in EXAMPLES]
+    examples = examples[: config.num_examples]
+    return make_prompt(config.model_name, config.system_prompt, examples, config.max_new_tokens)
 
 
 @torch.no_grad()
@@ -165,39 +237,31 @@ def rollout(
     max_new_tokens: int,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
-    graphs: Graphs | None = None,
 ) -> Rollout:
     """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy.
 
-    A completion ends with any end token of the model, or after max_new_tokens. With `graphs` T is
-    always max_new_tokens, else the length of the longest completion.
+    A completion ends with an end-of-sequence token or after max_new_tokens.
     """
-    end_ids = torch.tensor(end_token_ids(policy.model, tokenizer), device=prompts[0].device)
-
-    def sample(prompt_ids: Tensor, prompt_mask: Tensor, end_ids: Tensor):
-        logits, context = policy.encode(prompt_ids, prompt_mask, group)  # (B*G, V)
-        alive = torch.ones_like(logits[:, :1], dtype=torch.bool)  # (B*G, 1)
-        steps = []  # T times ids, mask and log-probabilities, (B*G, 1) each
-        while True:
-            scores = logits.float().log_softmax(dim=1)  # (B*G, V)
-            if temperature == 0:
-                token = scores.argmax(dim=1, keepdim=True)  # (B*G, 1)
-            else:
-                token = draw((scores / temperature).softmax(dim=1), generator)
-            steps.append((token, alive, scores.gather(1, token)))
-            alive = alive & ~torch.isin(token, end_ids)
-            if len(steps) == max_new_tokens or (graphs is None and not alive.any()):
-                return [torch.cat(columns, dim=1) for columns in zip(*steps, strict=True)]
-            logits = policy.go_on(context, token)  # (B*G, V)
-
-    completion_ids, mask, logprobs = (graphs or eager)(sample, *prompts, end_ids)  # (B*G, T)
-    spoken = (mask & ~torch.isin(completion_ids, end_ids)).cpu()
+    prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
+    eos_ids = torch.tensor(eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
+    unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)  # (B*G,)
+    logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)  # (K, V), (B*G,)
+    steps = []  # T times (token, mask, logprob), (B*G,) each
+    while True:
+        token, logprob = sample_tokens(logits, rows, temperature, generator)
+        steps.append((token, unfinished, logprob.where(unfinished, 0.0)))
+        unfinished = unfinished & ~torch.isin(token, eos_ids)
+        if len(steps) == max_new_tokens or not unfinished.any():
+            break
+        logits, rows = policy.decode(cache, token, unfinished)
+    ids, mask, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    visible = (mask & ~torch.isin(ids, eos_ids)).cpu()  # (B*G, T)
     texts = tokenizer.batch_decode(
-        [row[keep].tolist() for row, keep in zip(completion_ids.cpu(), spoken, strict=True)],
-        skip_special_tokens=False,  # dropped, they would hide from the format reward
+        [row[keep].tolist() for row, keep in zip(ids.cpu(), visible, strict=True)],
+        skip_special_tokens=False,  # dropping them would hide them from the format reward
         clean_up_tokenization_spaces=False,
     )
-    return Rollout(*prompts, completion_ids, mask.float(), logprobs, texts)
+    return Rollout(prompt_ids, prompt_mask, ids, mask.float(), logprobs, unfinished, texts)
 
 
 REWARD_WEIGHTS = {"format": 0.2, "near": 0.2, "exact": 0.6}
@@ -212,8 +276,8 @@ def reward_function(completions: list[str], answers: list[int]) -> Tensor:
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
     """Normalise rewards (B*G,) within each group of G: (r - mean) / (std + 1e-4). Returns (B*G,).
 
-    DeepSeekMath section 4.1.2, with the sample standard deviation. Where all rewards of a group are
-    equal the result is exactly 0, which a rounded mean would miss.
+    DeepSeekMath section 4.1.2, with the sample standard deviation. Exactly 0 where all rewards of a
+    group are equal; a rounded mean would miss that.
     """
     groups = rewards.view(-1, group)  # (B, G)
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -229,13 +293,13 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     `k3_inverse`: d = log pi_theta - log pi_ref. Its mean under pi_theta is chi2 - KL(pi_theta ||
     pi_ref), where chi2 = E[pi_theta / pi_ref] - 1.
     As a loss, on-policy, `k3` has the expected gradient of KL(pi_ref || pi_theta) and `k3_inverse`
-    that of chi2 / 2, which punishes tokens that the reference finds unlikely far harder.
-    Beyond d = 20 the exponential continues by its tangent: finite in float32, and still pulling
-    back, where clamping d would let go just when the policy has strayed furthest.
+    that of chi2 / 2, which penalises tokens that are unlikely under the reference far more.
+    Beyond d = 20 the exponential continues by its tangent: finite in float32, with a gradient that
+    still pulls back. Clamping d would drop the gradient just when the policy has strayed furthest.
     """
     d = logprobs - ref_logprobs if estimator == "k3_inverse" else ref_logprobs - logprobs
     bounded = d.clamp(max=20.0)
-    # By relu, not by d - bounded: autograd would add two huge slopes and round the real one away.
+    # relu(d - 20) and not d - bounded: autograd would cancel two huge slopes and lose the real one.
     return torch.expm1(bounded) - bounded + (d - 20.0).relu() * math.expm1(20.0)
 
 
@@ -277,220 +341,207 @@ def update_policy(
     reference: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Rollout,
-    advantages: Tensor,
     config: Config,
-    graphs: Graphs | None = None,
 ) -> dict[str, float]:
     """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics.
 
-    An update whose loss or gradient is not finite is skipped: it would ruin every weight.
+    An update whose gradient is not finite is skipped: it would ruin every weight.
     """
-    parameters, run = list(learner.parameters()), graphs or eager
-    # Of each piece: a slice of the prompts, and a pair of slices, of completions and their tokens.
-    pieces = micro_batches(batch.mask, config, trim=graphs is None)
-    inputs = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.mask
-
-    @torch.no_grad()
-    def score(prompt_ids, prompt_mask, completion_ids, mask):
-        scored = torch.zeros_like(mask)  # (B*G, T)
-        for some, part in pieces:
-            scored[part] = reference(prompt_ids[some], prompt_mask[some], completion_ids[part])
-        return scored
-
-    def gradient(prompt_ids, prompt_mask, completion_ids, mask, advantages, ref, old):
-        optimizer.zero_grad(set_to_none=graphs is None)  # a recording keeps to its places
-        scored, stats = torch.zeros_like(mask), []
-        for some, part in spread.exchanged_once(learner, pieces):
-            logprobs = learner(prompt_ids[some], prompt_mask[some], completion_ids[part])
-            scored[part] = logprobs.detach()
-            # At the first update nothing has moved since the rollout, so these are the old
-            # log-probabilities: a forward pass is saved, and the ratio is exactly 1.
-            past, gains = (scored if old is None else old)[part], advantages[part[0]]
-            loss, piece = grpo_loss(logprobs, past, ref[part], gains, mask[part], config)
-            share = len(logprobs) / len(mask)
-            (loss * share).backward()
-            stats.append({name: share * value for name, value in piece.items()})
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm)
-        totals = {name: sum(piece[name] for piece in stats) for name in stats[0]}
-        return scored, {**totals, "grad_norm": norm}
-
-    updates, made, old_logprobs = [], [], None
-    data = *inputs, advantages, run(score, *inputs)
+    micro_batches = batch.micro_batches(config.micro_batch_size, reference.fits)
+    with torch.no_grad():
+        for some in micro_batches:
+            some.ref_logprobs = reference(some)
+    updates, taken = [], []
     for _ in range(config.num_inner_updates):
-        logprobs, stats = run(gradient, *data, old_logprobs)
-        old_logprobs = logprobs if old_logprobs is None else old_logprobs
-        values = torch.stack(list(stats.values())).tolist()  # one wait for the device
-        updates.append(spread.average(dict(zip(stats, values, strict=True))))
-        if math.isfinite(updates[-1]["loss"]) and math.isfinite(updates[-1]["grad_norm"]):
+        optimizer.zero_grad()
+        update = Counter()
+        for some in sync_on_last(learner, micro_batches):
+            logprobs = learner(some)  # (n, T)
+            # The policy has not moved since the rollout, so the first update needs no extra pass
+            # for the old log-probabilities, and its ratio is exactly 1.
+            if some.old_logprobs is None:
+                some.old_logprobs = logprobs.detach()
+            inputs = some.old_logprobs, some.ref_logprobs, some.advantages, some.mask
+            loss, stats = grpo_loss(logprobs, *inputs, config)
+            weight = len(some) / len(batch)
+            (weight * loss).backward()
+            update.update({name: weight * value.item() for name, value in stats.items()})
+        norm = nn.utils.clip_grad_norm_(learner.parameters(), config.clip_grad_norm).item()
+        updates.append({**update, "grad_norm": norm})
+        if math.isfinite(norm):
             optimizer.step()
-            made.append(updates[-1])
-    if graphs is None:
-        optimizer.zero_grad()  # their memory serves the next rollout
-    # The first update alone scores samples of the very policy that drew them, so kl is unbiased.
-    kl = {name: updates[0][name] for name in ("kl", "kl_penalty")}
-    some = made or updates
-    means = {n: fmean(u[n] for u in some) for n in ("loss", "clip_fraction", "grad_norm")}
-    gap = max(spread.gather(((old_logprobs - batch.logprobs) * batch.mask).abs().max().item()))
-    return {**kl, **means, "skipped_updates": len(updates) - len(made), "sampling_gap": gap}
+            taken.append(updates[-1])
+    optimizer.zero_grad()  # its memory serves the next rollout
+    # kl is unbiased at the first update only, on samples of the very policy that it scores.
+    metrics = {name: updates[0][name] for name in ("kl", "kl_penalty")}
+    for name in ("loss", "clip_fraction", "grad_norm"):
+        metrics[name] = fmean(u[name] for u in taken or updates)
+    gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max().item() for m in micro_batches]
+    mismatch = max(all_gather(max(gaps)))
+    skipped = config.num_inner_updates - len(taken)
+    return {**metrics, "skipped_updates": skipped, "logprob_mismatch": mismatch}
 
 
-def evaluate(
-    policy: Policy, tokenizer, prompt: dict, problems: list[Problem], config: Config, seed: int
-) -> dict[str, dict]:
-    """Accuracy with its 95% interval, of one sample per problem and of the greedy answer.
-
-    "sampled" (temperature 1) is what training optimises, "greedy" what a user gets. It draws from
-    a generator of its own, so that evaluating more often changes nothing in the training.
-    """
-    device = policy.model.device
-    rng = torch.Generator(device).manual_seed(spread.stream(seed))
-    problems, results = spread.share(problems), {}
-    for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        scores = []
-        for start in range(0, len(problems), 128):
-            part = problems[start : start + 128]
-            prompts = encode_prompts(tokenizer, [p.question for p in part], prompt, device)
-            done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, rng, temperature)
-            scores += [score(t, p.answer) for t, p in zip(done.texts, part, strict=True)]
-        results[kind] = summarise(sum(spread.gather(scores), []))
-    return results
-
-
-@torch.no_grad()
-def evaluate_off_task(
-    policy: Policy, reference: Policy, tokenizer, prompt: dict, config: Config, seed: int
-) -> dict[str, float]:
-    """What training does to the policy where it is not trained: is anything being forgotten?
-
-    Of sampled answers to fixed questions off the task: `kl` from the reference, per token, and
-    `accuracy` where there is a right answer.
-    """
-    questions, prompt = off_task_questions(config, prompt)
-    rng = torch.Generator(policy.model.device).manual_seed(seed)
-    prompts = encode_prompts(tokenizer, list(questions), prompt, policy.model.device)
-    done = rollout(policy, tokenizer, prompts, 1, config.max_new_tokens, rng)
-    inputs = *prompts, done.completion_ids
-    kl = completion_mean(kl_term(policy(*inputs), reference(*inputs), "k3"), done.mask).item()
-    answers = zip(done.texts, questions.values(), strict=True)
-    right = [score(text, answer).exact for text, answer in answers if answer is not None]
-    return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
+def batch_metrics(batch: Rollout, parts: Tensor, group: int) -> dict[str, float]:
+    """What the metrics record of a batch of groups; parts (B*G, 3) as of `reward_function`."""
+    length = batch.mask.sum(dim=1)  # (B*G,)
+    formatted, exact = parts[:, 0] > 0, parts[:, 2] > 0
+    zero_std = (batch.advantages.view(-1, group) == 0).all(dim=1)  # (B,)
+    format_part, near_part, exact_part = parts.mean(dim=0).tolist()
+    return {
+        "reward": parts.sum(dim=1).mean().item(),
+        "reward_format": format_part,
+        "reward_near": near_part,
+        "reward_exact": exact_part,
+        "accuracy": exact.float().mean().item(),
+        # Estimated from the samples: the mean of -log p per token.
+        "entropy": -(batch.sampled_logprobs.sum(dim=1) / length).mean().item(),
+        "wrong_in_tags": (formatted & ~exact).float().mean().item(),
+        "truncated": batch.truncated.float().mean().item(),
+        "completion_length": length.mean().item(),
+        "frac_zero_std_groups": zero_std.float().mean().item(),
+    }
 
 
 @dataclass
 class TrainState:
-    """Everything that outlives an iteration, which a checkpoint saves whole."""
+    """What a training consists of; a checkpoint holds the policy, the optimizer and both rngs."""
 
     policy: Policy
+    reference: Policy
     optimizer: torch.optim.Optimizer
-    problems: random.Random  # draws the training problems
-    sampler: torch.Generator  # draws the tokens
-    metrics: dict  # what grpo_metrics.json holds
-    graphs: Graphs | None = None  # where shapes are fixed; holds nothing that must be saved
+    tokenizer: object
+    prompt: dict
+    problem_rng: random.Random
+    token_rng: torch.Generator
 
     def __post_init__(self):
-        self.learner = spread.synchronised(self.policy)  # the policy, as its gradients are computed
+        self.learner = wrap_ddp(self.policy)
 
 
-def train_iteration(
-    state: TrainState, reference: Policy, tokenizer, prompt: dict, config: Config
-) -> dict[str, float]:
-    """One turn of GRPO: sample groups, score them, update the policy. Returns its metrics."""
+def set_up(config: Config) -> TrainState:
+    """Load the model and check that it can be trained. Raises UserError."""
+    device = choose_device(config.device)
+    keep_freed_memory(device)
+    model, tokenizer = load_model(config.model_name, device)
+    prompt = arithmetic_prompt(config)
+    questions = [problem.question for problem in held_out_problems("validation", 512, config)]
+    questions = [min(questions, key=len), max(questions, key=len)]
+    prompts = encode_prompts(tokenizer, questions, prompt, device)
+    check_length(model, prompts[0], config.max_new_tokens)
+    dtype, group = choose_dtype(config.dtype, device), config.num_generations
+    policy = choose_policy(config.policy, model, dtype, prompts, group, config.max_new_tokens)
+    # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
+    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
+    problem_rng = random.Random(config.seed)
+    token_rng = torch.Generator().manual_seed(rank_seed(config.seed))
+    reference = frozen_copy(policy)
+    return TrainState(policy, reference, adamw, tokenizer, prompt, problem_rng, token_rng)
+
+
+def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed: int) -> dict:
+    """Accuracy of a policy on held-out problems, and how far it has moved off the task.
+
+    `sampled` (temperature 1) is what training optimises, `greedy` what a user gets. The generator
+    is its own, so that evaluating more often changes nothing in the training.
+    """
+    rng = torch.Generator().manual_seed(rank_seed(seed))
+    problems, accuracies = held_out_problems(split, config.eval_problems, config), {}
+    device, length = policy.model.device, config.max_new_tokens
+    for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        answered = []
+        for start in range(0, len(shard(problems)), 128):
+            some = shard(problems)[start : start + 128]
+            questions = [p.question for p in some]
+            prompts = encode_prompts(state.tokenizer, questions, state.prompt, device)
+            texts = rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
+            answered += [(text, score(text, p.answer)) for text, p in zip(texts, some, strict=True)]
+        answered = sum(all_gather(answered), [])
+        exact, formatted = zip(*((s.exact, s.format) for _, s in answered), strict=True)
+        accuracies[kind] = accuracy_summary(exact, formatted)
+    text, first = answered[0]
+    example = {"question": problems[0].question, "completion": text, "exact": first.exact}
+    off_task = evaluate_off_task(state, policy, length, seed)
+    return {"accuracies": accuracies, "off_task": off_task, "example": example}
+
+
+@torch.no_grad()
+def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
+    """On questions that are not trained: kl per token and, where answers are known, accuracy."""
+    asked, tokenizer = state.prompt["off_task"], state.tokenizer
+    questions, answers = list(asked["questions"]), asked["questions"].values()
+    prompts = encode_prompts(tokenizer, questions, asked, policy.model.device)
+    batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))
+    kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
+    pairs = zip(batch.texts, answers, strict=True)
+    right = [score(text, answer).exact for text, answer in pairs if answer is not None]
+    return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
+
+
+def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
+    """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
-    device, group, graphs = state.policy.model.device, config.num_generations, state.graphs
-    problems = spread.share(training_problems(config.batch_size, state.problems, config))
+    group, device = config.num_generations, state.policy.model.device
+    problems = shard(training_problems(config.batch_size, state.problem_rng, config))
     questions = [problem.question for problem in problems]
-    prompts = encode_prompts(tokenizer, questions, prompt, device, 16 if graphs else None)
-    length = config.max_new_tokens
-    batch = rollout(state.policy, tokenizer, prompts, group, length, state.sampler, graphs=graphs)
-    parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
-    advantages = group_advantages(parts.sum(dim=1), group).to(device)  # (B*G,)
-    updates = update_policy(
-        state.learner, reference, state.optimizer, batch, advantages, config, graphs
+    prompts = encode_prompts(state.tokenizer, questions, state.prompt, device)
+    batch = rollout(
+        state.policy, state.tokenizer, prompts, group, config.max_new_tokens, state.token_rng
     )
-    mine = describe_batch(batch, parts, advantages, end_token_ids(state.policy.model, tokenizer))
-    mine["seconds"] = time.perf_counter() - started
-    return {**spread.average(mine), **updates}
+    parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
+    batch.advantages = group_advantages(parts.sum(dim=1), group).to(device)  # (B*G,)
+    metrics = batch_metrics(batch, parts, group)
+    metrics |= update_policy(state.learner, state.reference, state.optimizer, batch, config)
+    metrics["seconds"] = time.perf_counter() - started
+    return all_reduce_mean(metrics)
 
 
 def train(config: Config, stop: StopRequest) -> int:
-    """Run or resume a training and leave its files in config.output_dir. Returns the exit code."""
-    if config.resume and spread.agreed(finished_already, config):
+    """Run or resume a training; its files go to config.output_dir. Returns the exit code."""
+    if config.resume and broadcast_object(already_finished, asdict(config)):
         return 0
-    with spread.together():
-        device = choose_device(config.device)
-        keep_freed_memory(device)
-        model, tokenizer = load_model(config.model_name, device)
-        bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-        policy = Policy(model, torch.bfloat16 if bfloat16 else torch.float32)
-        questions = [problem.question for problem in held_out_problems("validation", 4, config)]
-        check_fit(policy, tokenizer, questions, make_prompt(config), config.max_new_tokens)
-    with spread.on_first(run_folder(Path(config.output_dir))):
-        return train_in_folder(config, policy, tokenizer, stop)
+    with sync_errors():
+        state = set_up(config)
+    output = Path(config.output_dir)
+    with rank_zero_only(run_folder(output)):
+        run = RunLogger(state, asdict(config))
 
+        def measure(split: str, policy: Policy, iteration: int) -> None:
+            seed = 1_000_003 * (config.seed + 1) + iteration
+            run.log_evaluation(iteration, split, evaluate(state, policy, split, config, seed))
 
-def train_in_folder(config: Config, policy: Policy, tokenizer, stop: StopRequest) -> int:
-    """`train`, once the policy has proved fit and output_dir is held for this run."""
-    model, device, prompt = policy.model, policy.model.device, make_prompt(config)
-    # Fused: the same arithmetic in one pass over the weights, seven times faster on a CPU.
-    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    sampler = torch.Generator(device).manual_seed(spread.stream(config.seed))
-    metrics = new_metrics(config, model)
-    graphs = Graphs(sampler) if wanted(config.fixed_shapes, device) else None
-    state = TrainState(policy, adamw, random.Random(config.seed), sampler, metrics, graphs)
-    reference = frozen_copy(policy)
-    begin(state, config)
-    history, evaluations = metrics["iterations"], metrics["evaluations"]
-    books = Bookkeeper(state, config, tokenizer, prompt)
-    print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
-    print(f"{model.num_parameters():,} parameters on {device}, computing in {policy.compute_dtype}")
+        for split in ("test", "validation"):
+            if not run.evaluated(split) and not run.iteration and not stop.reason():
+                measure(split, state.policy, 0)
+        with run.progress_bar():
+            while True:
+                if run.validation_due() and not stop.reason():
+                    measure("validation", state.policy, run.iteration)
+                run.save_best()
+                ending = stop.reason() or run.reason_to_stop()
+                if ending:
+                    break
+                run.log_iteration(train_iteration(state, config))
+        if not run.iteration:  # nothing was learned: keep the files of an earlier run
+            return 128 + stop.signal
+        if ending[0] != "failed":
+            run.checkpoint()
+        if ending[0] == "finished" and not run.evaluated("validation"):
+            measure("validation", state.policy, run.iteration)
+        best = run.best_policy()
+        if ending[0] == "finished":
+            measure("test", best, run.metrics["best_iteration"])
+        run.finish(ending, best)
+        if rank() == 0:
+            from plot_metrics import draw_run  # here, as asking a model needs no matplotlib
 
-    def measure(split: str, some: Policy, iteration: int) -> None:
-        seed = 1_000_003 * (config.seed + 1) + iteration
-        problems = held_out_problems(split, config.eval_problems, config)
-        accuracies = evaluate(some, tokenizer, prompt, problems, config, seed)
-        off_task = evaluate_off_task(some, reference, tokenizer, prompt, config, seed)
-        books.evaluated(iteration, split, accuracies=accuracies, off_task=off_task)
-
-    def example() -> tuple[str, str]:
-        question = held_out_problems("validation", 1, config)[0].question
-        inputs = encode_prompts(tokenizer, [question], prompt, device)
-        return question, rollout(policy, tokenizer, inputs, 1, config.max_new_tokens).texts[0]
-
-    for split in () if history else ("test", "validation"):
-        if not stop.reason():
-            measure(split, policy, 0)
-    length, quiet = config.num_iterations, spread.rank() > 0
-    bar = tqdm(total=length, initial=len(history), dynamic_ncols=True, disable=quiet)
-    with bar:  # closed on errors too, which are then told on a line of their own
-        while True:
-            due = config.eval_every and len(history) % config.eval_every == 0
-            if due and not stop.reason() and evaluations[-1]["iteration"] < len(history):
-                measure("validation", policy, len(history))
-            books.keep_best()
-            ending = stop.reason() or books.reason_to_stop()
-            if ending:
-                break
-            history.append(train_iteration(state, reference, tokenizer, prompt, config))
-            recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
-            bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
-            bar.update()
-            books.after_iteration(example)
-    if not history:  # nothing was learned: an earlier run's files stay as they are
-        return 128 + stop.signal
-    if ending[0] != "failed":
-        books.checkpoint()
-    if ending[0] == "finished" and evaluations[-1]["iteration"] < len(history):
-        measure("validation", policy, len(history))
-    best = books.best_policy()
-    if ending[0] == "finished":
-        measure("test", best, metrics["best_iteration"])
-    books.finish(ending, best)
+            draw_run(run.metrics, output)
     return {"finished": 0, "failed": 1}.get(ending[0], 128 + stop.signal)
 
 
 def main(argv: list[str] | None = None) -> int:
-    with spread.joined(), StopRequest() as stop:
-        return train(spread.agreed(parse_config, sys.argv[1:] if argv is None else argv), stop)
+    with process_group(), StopRequest() as stop:
+        return train(broadcast_object(parse_config, sys.argv[1:] if argv is None else argv), stop)
 
 
 if __name__ == "__main__":

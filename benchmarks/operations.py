@@ -1,82 +1,71 @@
-"""What an iteration has to compute: its matrix products, phase by phase, and their count."""
+"""The matrix products that an iteration needs, counted on the tree of a real rollout."""
 
 import math
 from collections import Counter
 from typing import NamedTuple
 
-from benchmarks.common import Work
+import torch
+from torch import Tensor
 
-PHASES = ("rollout", "reference", "forward", "backward")
+from engine.policy import Rollout
+from engine.tree import RolloutTree
 
 
-class Op(NamedTuple):
-    """A product that is made `times` times: linear (tokens, inputs, outputs) or
-    attention (rows, heads, queries, context, head size)."""
+class Pass(NamedTuple):
+    """One pass through the model."""
 
-    kind: str
-    sizes: tuple[int, ...]
-    times: int
+    products: Counter  # how often it multiplies (m, k) by (k, n), by (m, k, n)
+    attention: int  # floating-point operations
 
     @property
     def flops(self) -> int:
-        """A multiplication and an addition count as two; attention makes two products."""
-        return (2 if self.kind == "linear" else 4) * math.prod(self.sizes) * self.times
+        """A multiplication and an addition count as two."""
+        return self.attention + sum(2 * math.prod(mkn) * n for mkn, n in self.products.items())
 
 
-class Part(NamedTuple):
-    """`rows` sequences of `tokens` new tokens each, in the row of tokens that is read at once.
+def forward_pass(model, depth: Tensor, logits: int) -> Pass:
+    """Reading tree nodes at these depths with a Llama-like `model` (a config).
 
-    They attend to `context` positions, themselves included (all of them, as the kernels compute
-    it, though a causal mask then drops some).
+    Each node attends to its ancestors and itself; the logits of `logits` nodes are needed.
     """
-
-    rows: int
-    tokens: int
-    context: int
-
-
-def forward_ops(model, parts: list[Part], logits: int) -> list[Op]:
-    """One forward of a Llama-like `model` (a config); it projects `logits` positions to words."""
     hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
-    linear = Counter([(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)])
-    linear += Counter([(hidden, inner), (hidden, inner), (inner, hidden)])
-    row = sum(part.rows * part.tokens for part in parts)
-    ops = [Op("linear", (row, *shape), n * layers) for shape, n in linear.items()]
-    for rows, tokens, context in parts:
-        shape = rows, model.num_attention_heads, tokens, context, model.head_dim
-        ops.append(Op("attention", shape, layers))
-    return [*ops, Op("linear", (logits, hidden, model.vocab_size), 1)]
+    shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    products = Counter((len(depth), *shape) for shape in shapes * layers)
+    products[logits, hidden, model.vocab_size] += 1
+    return Pass(products, 4 * int((depth + 1).sum()) * queries * layers)
 
 
-def operations(model, work: Work) -> dict[str, list[Op]]:
-    """What one iteration needs, by phase; "backward" lists the forward that is gone back through.
+def backward_pass(forward: Pass) -> Pass:
+    """A backward pass makes two products for each product: the gradients of both factors."""
+    products = Counter()
+    for (m, k, n), times in forward.products.items():
+        products[m, n, k] += times
+        products[n, m, k] += times
+    return Pass(products, 2 * forward.attention)
 
-    Each prompt is read once per pass and serves its whole group, what all prompts begin with serves
-    the whole batch; the last token of a completion is never read; logits are made where a token
-    follows. A backward pass is two products per product.
+
+def needed_passes(model, batch: Rollout, updates: int) -> dict[str, list[Pass]]:
+    """The passes of one iteration, by phase.
+
+    Each distinct prefix is read once per pass, the last token of a completion never; logits are
+    made where a completion token follows.
     """
-    c, prompt = work.config, work.prompt_tokens
-    rows, new = c.batch_size * c.num_generations, c.max_new_tokens
-    once = work.beginning if c.batch_size > 1 else 0
-    prompts = [Part(1, once, once)] if once else []
-    prompts.append(Part(c.batch_size, prompt - once, prompt))
-    rollout = forward_ops(model, prompts, logits=c.batch_size)
-    for step in range(1, new):
-        rollout += forward_ops(model, [Part(rows, 1, prompt + step)], logits=rows)
-    completions = [Part(rows, new - 1, prompt + new - 1)] if new > 1 else []
-    whole = forward_ops(model, prompts + completions, logits=c.batch_size + rows * (new - 1))
-    updates = [op._replace(times=op.times * c.num_inner_updates) for op in whole]
-    return {"rollout": rollout, "reference": whole, "forward": updates, "backward": updates}
-
-
-def count_flops(model, work: Work) -> dict[str, int]:
-    """Floating-point operations of one iteration, by phase."""
-    ops = operations(model, work)
-    return {p: (2 if p == "backward" else 1) * sum(op.flops for op in ops[p]) for p in PHASES}
-
-
-def optimizer_bytes(parameters: int) -> int:
-    """What one AdamW step moves: it reads weight, gradient and two moments, and writes three."""
-    return 7 * 4 * parameters
+    tree = RolloutTree(batch)
+    parents = tree.keep[tree.parents].view(batch.mask.shape)  # (N, T)
+    columns = zip(parents.T, batch.mask.T.cpu() > 0, strict=True)
+    tips = [nodes[live].unique() for nodes, live in columns]  # what each step samples from
+    is_prompt = torch.ones(len(tree), dtype=torch.bool)
+    for nodes in tips[1:]:
+        is_prompt[nodes] = False
+    prefill = forward_pass(model, tree.depth[is_prompt], len(tips[0]))
+    decode = [forward_pass(model, tree.depth[nodes], len(nodes)) for nodes in tips[1:]]
+    whole = forward_pass(model, tree.depth, len(tree.keep))
+    return {
+        "rollout": [prefill, *decode],
+        "reference": [whole],
+        "forward": [whole] * updates,
+        "backward": [backward_pass(whole)] * updates,
+    }

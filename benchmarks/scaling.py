@@ -1,151 +1,145 @@
-"""Seconds per iteration with one process and with several, each held to one thread.
+"""How the seconds and the memory of an iteration grow with G, B, T and the size of the model.
 
-    python benchmarks/scaling.py                              # the bundled model, float32
-    python benchmarks/scaling.py --shape 135m --cores 2,3     # SmolLM2-135M's shape, bfloat16
+    python benchmarks/scaling.py
 
-Strong: the same batch for all together. Weak: the same batch for each process. Efficiency 1 would
-be a half of the time, or the same time, with two. The processes talk by Gloo over the loopback
-device; `all-reduce alone` is what exchanging the gradients of an iteration takes with no
-computation beside it. Prints a table and writes scaling.json or scaling_135m.json here, or to
---output.
+One axis at a time, from 4 prompts x 8 completions of at most 16 tokens and 5 updates. `natural` is
+the bundled model, whose completions end when they end and share most of their tokens; `worst case`
+has random weights and no end token: full length, and next to nothing shared. Each point is measured
+in a process of its own, so that its peak memory is its own.
+
+Writes scaling.json and scaling.png here, or to --output.
 """
 
-import json
-import os
-import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal
-
-import torch
-import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import spread
 from benchmarks.common import (
     HERE,
-    SMOLLM2,
     Work,
+    memory,
     read_settings,
+    recorded_rollouts,
     start,
+    worst_case,
     write_random_model,
     write_result,
 )
-from cli import exit_code, setting
-from train_grpo import train_iteration
+from engine.cli import exit_code, setting
+from engine.tree import RolloutTree
+from train_grpo import Config, train_iteration
 
-# Qwen2.5-0.5B, for which the estimate is.
-PARAMETERS, DEVICES = 494_032_768, 8
-# Assumed, not measured: bytes per second that an all-reduce moves through each device.
-BANDWIDTHS = {"NVLink within a machine": 400e9, "200 Gbit/s between machines": 20e9}
+BASE = Work(Config(model_name="tiny_model", device="cpu", kl_estimator="k3"))
+AXES = {
+    "num_generations": (4, 8, 16, 32, 64),
+    "batch_size": (1, 4, 16, 64),
+    "max_new_tokens": (4, 16, 64, 256),
+}
+# Layers and hidden size of random Llamas with heads of 32 and a feed-forward of 4 x hidden.
+SIZES = ((2, 64), (4, 128), (6, 256), (8, 512))
 
 
 @dataclass
 class Settings:
-    shape: Literal["bundled", "135m"] = setting("bundled", "the model; 135m has random weights")
-    iterations: int = setting(0, "to time, after one to warm up; 0 is 20, or 2 for 135m", 0)
-    batch_size: int = setting(4, "problems for one process", 1)
-    processes: int = setting(2, "how many to compare with one", 2)
-    cores: str = setting("", "pin the processes to these cores: 2,3")
+    seconds: float = setting(3.0, "of iterations per point, three at least, after a warm-up", 0)
+    largest: int = setting(512, "leave out what is larger on an axis (hidden size for models)", 2)
     output: str = setting("", "result file; by default it goes beside this script")
-    worker: str = setting("", "folder of the model: measure as one of the processes")
 
 
-def bytes_sent(parameters: int, updates: int, processes: int) -> float:
-    """What each process sends per iteration: a ring all-reduce of float32 gradients per update."""
-    return parameters * 4 * updates * 2 * (processes - 1) / processes
-
-
-def measure(settings: Settings) -> dict:
-    """Train for some iterations, on this process's own core if `cores` are named."""
-    if settings.cores:
-        os.sched_setaffinity(0, {int(settings.cores.split(",")[spread.rank()])})
-    torch.set_num_threads(1)
-    large = settings.shape == "135m"
-    work = Work(model=settings.worker, dtype=torch.bfloat16 if large else torch.float32)
-    work = replace(work, config=replace(work.config, batch_size=settings.batch_size))
-    inputs = start(work)
-    train_iteration(*inputs)
-    count = settings.iterations or (2 if large else 20)
-    done = [train_iteration(*inputs) for _ in range(count)]
-    seconds = [metrics["seconds"] for metrics in done]
-    with FlopCounterMode(display=False) as counter:
-        train_iteration(*inputs)
-    parameters, updates = inputs[1].model.num_parameters(), work.config.num_inner_updates
-    exchange = torch.zeros(parameters)
-    started = time.perf_counter()
-    for _ in range(updates if spread.size() > 1 else 0):
-        dist.all_reduce(exchange)
+def time_work(work: Work, seconds: float) -> dict:
+    """Seconds per iteration after one to warm up, peak memory, and how many tokens were read."""
+    state, samples = start(work), []
+    train_iteration(state, work.config)
+    while len(samples) < 3 or sum(samples) < seconds:
+        started = time.perf_counter()
+        with recorded_rollouts() as rollouts:
+            train_iteration(state, work.config)
+        samples.append(time.perf_counter() - started)
+    [batch] = rollouts
+    tokens = batch.prompt_mask.sum() + batch.mask.sum() - len(batch)  # no one reads the last ones
     return {
-        "parameters": parameters,
-        "processes": spread.size(),
-        "batch_size": settings.batch_size,
-        "updates": updates,
-        "seconds": statistics.median(seconds),
-        "samples": seconds,
-        "gflop_per_process": counter.get_total_flops() / 1e9,
-        "bytes_sent_per_process": bytes_sent(parameters, updates, spread.size()),
-        "allreduce_alone": time.perf_counter() - started,
+        "parameters": state.policy.model.num_parameters(),
+        "seconds": median(samples),
+        "samples": samples,
+        "peak_memory_mib": memory(),
+        "tokens": int(tokens),
+        "distinct_tokens": len(RolloutTree(batch)),
     }
 
 
-def launch(settings: Settings, model: str, processes: int, batch_size: int) -> dict:
-    """Measure in processes of their own."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(several if processes > 1 else []), __file__]
-    command += [f"--worker={model}", f"--batch_size={batch_size}", f"--shape={settings.shape}"]
-    command += [f"--iterations={settings.iterations}", f"--cores={settings.cores}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(axis: str, value: int, work: Work, seconds: float) -> dict:
+    """A point on an axis, measured in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        done = pool.submit(time_work, work, seconds).result()
+    print(
+        f"{axis:>15} = {value:<4} {done['seconds']:.3f} s, {done['peak_memory_mib']:.0f} MiB;",
+        end="",
+    )
+    print(f" read {done['distinct_tokens']:,} of {done['tokens']:,} tokens", flush=True)
+    return {"value": value, **done}
 
 
-def estimate(one: dict) -> list[str]:
-    """What exchanging gradients costs a model of 0.5B parameters on eight devices."""
-    sent = bytes_sent(PARAMETERS, one["updates"], DEVICES)
-    lines = [f"{DEVICES} devices, {PARAMETERS:,} parameters: each sends {sent / 1e9:.1f} GB"]
-    lines[0] += " per iteration"
-    lines += [f"  {place}: {sent / rate:.3f} s" for place, rate in BANDWIDTHS.items()]
-    work = one["gflop_per_process"] / one["parameters"] * PARAMETERS / 1e3
-    lines.append(f"  work of one process's share: {work:.1f} TFLOP, by the count for this shape")
-    return lines
+def draw(axes: dict[str, dict], picture: Path) -> None:
+    """A column per axis: seconds above, memory below."""
+    from matplotlib.figure import Figure  # here, or it would count as memory
+    from matplotlib.ticker import LogLocator, NullFormatter
 
+    from plot_metrics import COLOURS, save_figure
 
-def print_table(runs: list[dict]) -> None:
-    print("| processes | problems | scaling | seconds | efficiency | MB sent | all-reduce alone |")
-    print("|---|---|---|---|---|---|---|")
-    for run in runs:
-        cells = [str(run["processes"]), str(run["batch_size"]), run["scaling"]]
-        cells += [f"{run['seconds']:.3f}", f"{run['efficiency']:.2f}"]
-        cells += [f"{run['bytes_sent_per_process'] / 1e6:,.0f}", f"{run['allreduce_alone']:.3f} s"]
-        print("| " + " | ".join(cells) + " |")
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    panels = figure.subplots(2, len(axes))
+    for (axis, curves), (seconds, mebibytes) in zip(axes.items(), panels.T, strict=True):
+        size = axis == "hidden_size"
+        for label, points in curves.items():
+            x = [p["parameters" if size else "value"] for p in points]
+            style = {"color": COLOURS[label != "natural"], "ms": 4, "label": label}
+            seconds.plot(x, [p["seconds"] for p in points], "o-", **style)
+            mebibytes.plot(x, [p["peak_memory_mib"] for p in points], "o-", **style)
+        for panel in (seconds, mebibytes):
+            panel.set_xscale("log")
+            panel.set_xticks(x, [f"{n / 1e6:.1f}M" if size else n for n in x])
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.grid(alpha=0.3)
+        seconds.set(yscale="log", title="parameters" if size else axis)
+        seconds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        seconds.yaxis.set_major_formatter("{x:g}")
+        seconds.yaxis.set_minor_formatter(NullFormatter())
+        mebibytes.set_ylim(bottom=0)
+    panels[0][0].set_ylabel("seconds per iteration")
+    panels[0][0].legend()
+    panels[1][0].set_ylabel("peak memory, MiB")
+    save_figure(figure, picture)
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
-    if settings.worker:
-        with spread.joined():
-            print(json.dumps(measure(settings)))
-        return 0
-    n, batch, large = settings.processes, settings.batch_size, settings.shape == "135m"
+    output = Path(settings.output or HERE / "scaling.json")
+    axes: dict[str, dict[str, list]] = {}
     with TemporaryDirectory() as folder:
-        model = write_random_model(Path(folder) / "model", SMOLLM2) if large else Work().model
-        one = launch(settings, model, 1, batch) | {"scaling": "-", "efficiency": 1.0}
-        strong = launch(settings, model, n, batch) | {"scaling": "strong"}
-        weak = launch(settings, model, n, batch * n) | {"scaling": "weak"}
-    strong["efficiency"] = one["seconds"] / n / strong["seconds"]
-    weak["efficiency"] = one["seconds"] / weak["seconds"]
-    print_table([one, strong, weak])
-    print("\n".join(estimate(one)))
-    name = "scaling_135m.json" if large else "scaling.json"
-    write_result(Path(settings.output or HERE / name), {"runs": [one, strong, weak]})
+        worst = worst_case(BASE, Path(folder))
+        for axis, values in AXES.items():
+            axes[axis] = {"natural": [], "worst case": []}
+            for value in (v for v in values if v <= settings.largest):
+                for label, work in zip(axes[axis], (BASE, worst), strict=True):
+                    work = replace(work, config=replace(work.config, **{axis: value}))
+                    axes[axis][label].append(measure(axis, value, work, settings.seconds))
+        axes["hidden_size"] = {"worst case": []}
+        for layers, hidden in (size for size in SIZES if size[1] <= settings.largest):
+            shape = {"num_hidden_layers": layers, "hidden_size": hidden}
+            shape |= {"intermediate_size": 4 * hidden, "num_attention_heads": hidden // 32}
+            shape |= {"num_key_value_heads": hidden // 32}
+            model = write_random_model("tiny_model", Path(folder) / str(hidden), **shape)
+            work = replace(worst, config=replace(worst.config, model_name=model))
+            point = measure("hidden_size", hidden, work, settings.seconds)
+            axes["hidden_size"]["worst case"].append(point)
+    draw(axes, output.with_suffix(".png"))
+    write_result(output, {"work": BASE.describe(), "axes": axes})
     return 0
 
 

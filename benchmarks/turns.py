@@ -9,42 +9,51 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import torch
 import transformers
 
-from benchmarks.common import Work, load, memory, start
-from cli import UserError
-from policy import Policy
-from rewards import describe
-from task import held_out_problems, training_problems
-from train_grpo import Config, evaluate, reward_function, train_iteration
-
-LOOPS = ("ours", "trl")
+from benchmarks.common import CPU, Work, memory, never_end, start
+from engine.cli import UserError
+from engine.models import load_model
+from engine.policy import Policy
+from engine.run import describe
+from train_grpo import (
+    TrainState,
+    arithmetic_prompt,
+    evaluate,
+    reward_function,
+    train_iteration,
+    training_problems,
+)
 
 
 class Turn(NamedTuple):
     """How long a loop may run: until it has made or used up one of these."""
 
-    iterations: int
+    iterations: float
     seconds: float = float("inf")
     evaluate: bool = False
 
 
 class Turns:
-    """A loop's side of the pipe: lets it run turn by turn, and reports on each."""
+    """A loop's end of the pipe: lets it run turn by turn, and reports on each.
 
-    def __init__(self, pipe: Connection, report: Callable[[bool], dict]):
-        self.pipe, self.report = pipe, report
+    `lengths` are the mean completion lengths of its iterations so far; `accuracies` evaluates it.
+    """
+
+    def __init__(self, pipe: Connection, lengths: list[float], accuracies: Callable[[], dict]):
+        self.pipe, self.lengths, self.accuracies = pipe, lengths, accuracies
         self.turn, self.samples, self.started = Turn(0), [], None
 
-    def go_on(self) -> bool:
+    def next_iteration(self) -> bool:
         """To be called before each iteration: waits for a turn; False when there are no more."""
         now = time.perf_counter()
         if self.started is not None:
             self.samples.append(now - self.started)
         while len(self.samples) >= self.turn.iterations or sum(self.samples) >= self.turn.seconds:
-            done = {"samples": self.samples, "peak_memory_mib": memory()}
-            self.pipe.send({**done, **self.report(self.turn.evaluate)})
+            report = {"samples": self.samples, "lengths": self.lengths, "memory": memory()}
+            if self.turn.evaluate:
+                report["accuracies"] = self.accuracies()
+            self.pipe.send(report)
             busy = time.process_time()
             self.turn, self.samples = self.pipe.recv(), []
             if self.turn is None:
@@ -54,54 +63,55 @@ class Turns:
         return True
 
 
+def accuracies(state: TrainState, work: Work) -> dict:
+    return evaluate(state, state.policy, "test", work.config, seed=0)["accuracies"]
+
+
 def run_ours(work: Work, pipe: Connection) -> None:
-    inputs = start(work)
-    state, _, tokenizer, prompt, config = inputs
-    lengths = []
-
-    def report(wanted: bool) -> dict:
-        return {"lengths": lengths, **measure(wanted, state.policy, tokenizer, prompt, config)}
-
-    turns = Turns(pipe, report)
-    while turns.go_on():
-        lengths.append(train_iteration(*inputs)["completion_length"])
+    state, lengths = start(work), []
+    turns = Turns(pipe, lengths, lambda: accuracies(state, work))
+    while turns.next_iteration():
+        lengths.append(train_iteration(state, work.config)["completion_length"])
 
 
-def run_trl(work: Work, pipe: Connection, weights: str, attention: str) -> None:
-    model, tokenizer, prompt = load(work)
-    model.to(getattr(torch, weights)).set_attn_implementation(attention)
-    trainer = make_trainer(work, model, tokenizer, prompt)
-    judge = Policy(load(work)[0]) if not work.endless else None
-
-    def report(wanted: bool) -> dict:
-        if wanted:
-            judge.model.load_state_dict(trainer.model.state_dict())
-        lengths = trainer._metrics["train"]["completions/mean_length"]
-        return {"lengths": lengths, **measure(wanted, judge, tokenizer, prompt, work.config)}
-
-    turns = Turns(pipe, report)
+def run_trl(work: Work, pipe: Connection) -> None:
+    trainer = make_trainer(work)
+    # As much of a state as evaluating takes.
+    policy, prompt = Policy(trainer.model), arithmetic_prompt(work.config)
+    state = TrainState(policy, policy, None, trainer.processing_class, prompt, None, None)
+    lengths = trainer._metrics["train"]["completions/mean_length"]
+    turns = Turns(pipe, lengths, lambda: accuracies(state, work))
 
     class TakeTurns(transformers.TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            control.should_training_stop = not turns.go_on()
+            control.should_training_stop = not turns.next_iteration()
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step % work.config.num_inner_updates == 0:
-                control.should_training_stop = not turns.go_on()
+                control.should_training_stop = not turns.next_iteration()
 
     trainer.add_callback(TakeTurns())
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
-def make_trainer(work: Work, model, tokenizer, prompt: dict):
+def make_trainer(work: Work):
     """TRL's trainer with the settings of a work, and nothing that costs time without need."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     config = work.config
-    problems = training_problems(20_000, random.Random(config.seed), config)
+    model, tokenizer = load_model(config.model_name, CPU)
+    if work.endless:
+        never_end(model, tokenizer)
+    if config.dtype == "bfloat16":
+        model.set_attn_implementation("eager")  # faster than fused on a CPU
+    prompt = arithmetic_prompt(config)
     chat = [{"role": "system", "content": prompt["system"]}]
+    for question, answer in prompt["examples"]:
+        chat.append({"role": "user", "content": question})
+        chat.append({"role": "assistant", "content": answer})
+    problems = training_problems(20_000, random.Random(config.seed), config)
     rows = [
         {"prompt": [*chat, {"role": "user", "content": p.question}], "answer": p.answer}
         for p in problems
@@ -111,7 +121,7 @@ def make_trainer(work: Work, model, tokenizer, prompt: dict):
         return reward_function([c[0]["content"] for c in completions], answer).sum(dim=1).tolist()
 
     settings = GRPOConfig(
-        output_dir=str(Path(work.model).parent / "never_written"),
+        output_dir=str(Path(config.model_name).parent / "never_written"),
         # the work
         per_device_train_batch_size=config.batch_size * config.num_generations,
         num_generations=config.num_generations,
@@ -127,7 +137,7 @@ def make_trainer(work: Work, model, tokenizer, prompt: dict):
         scale_rewards="group",
         use_bias_correction_kl=False,
         seed=config.seed,
-        bf16=work.dtype == torch.bfloat16,  # autocast
+        bf16=config.dtype == "bfloat16",  # autocast
         # as fast as it can be had on a CPU
         use_cpu=True,
         optim="adamw_torch_fused",
@@ -150,39 +160,29 @@ def make_trainer(work: Work, model, tokenizer, prompt: dict):
     )
 
 
-def measure(wanted: bool, policy: Policy, tokenizer, prompt: dict, config: Config) -> dict:
-    """Accuracy on the test problems, if wanted."""
-    if not wanted:
-        return {}
-    problems = held_out_problems("test", config.eval_problems, config)
-    return {"accuracies": evaluate(policy, tokenizer, prompt, problems, config, seed=0)}
+LOOPS = {"ours": run_ours, "trl": run_trl}
 
 
-def take_turns(work: Work, rounds: list[dict[str, Turn]], trl: dict[str, str]) -> dict[str, list]:
-    """Run both loops in turn; `trl` names TRL's weights' type and its attention.
-
-    Returns the reports of each; the first is of its set-up.
-    """
+def take_turns(work: Work, rounds: list[Turn]) -> dict[str, list[dict]]:
+    """Let both loops take each of these turns. Returns the reports of each turn, by loop."""
     context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in LOOPS}
 
-    def hear(loop: str) -> dict:
+    def receive(loop: str) -> dict:
         try:
-            reports[loop].append(pipes[loop].recv())
+            return pipes[loop].recv()
         except EOFError:
-            raise UserError(f"the process of {loop} has failed; its last words are above") from None
-        return reports[loop][-1]
+            raise UserError(f"the process of {loop} has failed; its error is above") from None
 
-    for loop in LOOPS:
+    for loop, run in LOOPS.items():
         pipes[loop], theirs = context.Pipe()
-        run, options = (run_ours, {}) if loop == "ours" else (run_trl, trl)
-        arguments = (work, theirs)
-        context.Process(target=run, args=arguments, kwargs=options, daemon=True).start()
+        context.Process(target=run, args=(work, theirs), daemon=True).start()
         theirs.close()
-        hear(loop)
-    for number, turns in enumerate(rounds):
-        for loop, turn in turns.items():
+        receive(loop)  # it is set up
+    for number, turn in enumerate(rounds):
+        for loop in LOOPS:
             pipes[loop].send(turn)
-            done = hear(loop)
+            done = receive(loop)
+            reports[loop].append(done)
             what = f"{len(done['samples'])} iterations"
             if done["samples"]:
                 what += f", {fmean(done['samples']):.3f} s each"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from policy import Policy, load_model
+from engine.models import load_model
+from engine.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny_model"

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, to be watched and killed, and what they leave behind."""
+"""Trainings, in this process or in their own, and what they leave behind."""
 
 import io
 import json
@@ -8,14 +8,16 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from checkpoint import CHECKPOINTS, METRICS_FILE, checkpoints_in
+import plot_metrics
+from engine.checkpoint import CHECKPOINTS, METRICS_FILE, checkpoints_in
 from train_grpo import main
 
-# Small, but with a rate at which the weights do move.
+# Small, with a learning rate that moves the weights.
 FLAGS = (
     *("--preset", "tiny", "--batch_size", "2", "--num_generations", "4", "--max_new_tokens", "8"),
     *("--num_inner_updates", "2", "--learning_rate", "1e-4", "--eval_problems", "8"),
@@ -29,8 +31,8 @@ def torchrun(processes: int, *flags: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *several, *flags]
 
 
-def start(folder: Path, *flags, launcher=(sys.executable,), **options) -> subprocess.Popen:
-    """Start a training in `folder`; what it prints goes to the files `out` and `err` beside it."""
+def start(folder: Path, *flags, launcher=(sys.executable,)) -> subprocess.Popen:
+    """Start a training in `folder`; its output goes to the files `<folder>.out` and `.err`."""
     with open(f"{folder}.out", "a") as out, open(f"{folder}.err", "a") as err:
         return subprocess.Popen(
             [*launcher, str(ROOT / "train_grpo.py"), *FLAGS, *map(str, flags)],
@@ -38,7 +40,6 @@ def start(folder: Path, *flags, launcher=(sys.executable,), **options) -> subpro
             stdout=out,
             stderr=err,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            **options,
         )
 
 
@@ -46,23 +47,32 @@ def printed(folder: Path) -> str:
     return Path(f"{folder}.out").read_text() + Path(f"{folder}.err").read_text()
 
 
-def finish(folder: Path, *flags) -> str:
-    """Train to the end in `folder`, in this process; returns what was printed."""
+def arguments(*flags) -> list[str]:
+    return [str(flag) for flag in (*FLAGS, *flags)]
+
+
+def finish(folder: Path, *flags, code: int = 0) -> str:
+    """Train in `folder`, in this process and without plots; returns what it prints."""
     out, here = io.StringIO(), os.getcwd()
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     try:
-        with redirect_stdout(out):
-            assert main([*FLAGS, *map(str, flags)]) == 0
+        with redirect_stdout(out), patch.object(plot_metrics, "draw"):
+            assert main(arguments(*flags)) == code
     finally:
         os.chdir(here)
     return out.getvalue()
 
 
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / METRICS_FILE).read_text())
+
+
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} too early"
-        assert time.monotonic() < deadline, "waited in vain"
+        assert process.poll() is None, f"ended early with {process.returncode}"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.0005)
 
 
@@ -77,8 +87,8 @@ def is_writing(folder: Path) -> bool:
 
 
 def metrics_but_for_times(folder: Path) -> dict:
-    """What the metrics file holds, but for times and the command (which may be pytest's)."""
-    metrics = json.loads((folder / METRICS_FILE).read_text())
+    """The metrics without times, memory and the command (which may be pytest's)."""
+    metrics = read_metrics(folder)
     for name in ("seconds", "peak_memory_mib"):
         del metrics[name]
     del metrics["environment"]["command"]
@@ -88,11 +98,11 @@ def metrics_but_for_times(folder: Path) -> dict:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Metrics (but for times), saved model, weights and optimiser agree to the last bit."""
+    """Metrics (but for times), saved model, weights and optimizer agree to the last bit."""
     assert metrics_but_for_times(folder) == metrics_but_for_times(other)
     last = other / CHECKPOINTS / str(newest(other))
     files = [str(path.relative_to(other)) for path in last.glob("*.safetensors")]
-    assert len(files) == 4  # the weights, and three of the optimiser
+    assert len(files) == 4  # the weights, and three of the optimizer
     for file in ("saved_model/model.safetensors", *files):
         ours, theirs = load_file(folder / file), load_file(other / file)
         assert ours.keys() == theirs.keys()

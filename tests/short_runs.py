@@ -1,4 +1,4 @@
-"""Short trainings of the bundled model, whole: `train_grpo.train` with little to do."""
+"""Short trainings of the bundled model: `train_grpo.train` with little to do, and no plots."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -7,8 +7,9 @@ from conftest import TINY
 from safetensors.torch import load_file
 from torch import Tensor
 
+import plot_metrics
 import train_grpo
-from checkpoint import StopRequest, read_json
+from engine.checkpoint import StopRequest, read_json
 from train_grpo import Config
 
 
@@ -29,15 +30,19 @@ def short_config(folder: Path, **settings) -> Config:
 def short_training(folder: Path, **settings) -> tuple[dict, dict[str, Tensor]]:
     """Returns what the metrics file holds after a few iterations, and the weights of the policy.
 
-    Not those of saved_model/, which are the best policy's, and that may be the one it began with.
+    Not those of saved_model/, which are the best policy's; that may be the one it started from.
     """
     real, states = train_grpo.train_iteration, []
 
-    def spy(state, *rest):
+    def spy(state, config):
         states.append(state)
-        return real(state, *rest)
+        return real(state, config)
 
-    with patch.object(train_grpo, "train_iteration", spy), StopRequest() as stop:
+    with (
+        patch.object(train_grpo, "train_iteration", spy),
+        patch.object(plot_metrics, "draw_run"),
+        StopRequest() as stop,
+    ):
         assert train_grpo.train(short_config(folder, **settings), stop) == 0
     weights = states[-1].policy.model.state_dict()
     return read_json(folder / "grpo_metrics.json"), {n: w.clone() for n, w in weights.items()}

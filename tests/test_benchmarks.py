@@ -3,18 +3,19 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_script
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import growth, limit
-from benchmarks.common import Work, load, start, write_random_model
-from benchmarks.operations import count_flops
-from policy import encode_prompts
-from task import training_problems
-from train_grpo import reward_function, train_iteration
+from benchmarks import roofline
+from benchmarks.common import WORKS, Work, recorded_rollouts, start, worst_case, write_random_model
+from benchmarks.operations import needed_passes
+from engine.models import encode_prompts, eos_token_ids
+from engine.policy import Rollout
+from train_grpo import reward_function, train_iteration, training_problems
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 SHAPE = {
@@ -25,68 +26,110 @@ SHAPE = {
     "head_dim": 8,
     "intermediate_size": 80,
 }
+WORK = WORKS["bundled"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_new_tokens": 1}, {"num_inner_updates": 1}, {"batch_size": 1}], ids=str
+)
+def test_needed_matrix_products_are_those_pytorch_counts(changes, tmp_path):
+    model = write_random_model(WORK.config.model_name, tmp_path / "model", **SHAPE)
+    config = replace(WORK.config, model_name=model, num_generations=4, **changes)
+    state = start(Work(config))
+    with recorded_rollouts() as rollouts, FlopCounterMode(display=False) as counter:
+        train_iteration(state, config)
+    passes = needed_passes(state.policy.model.config, rollouts[0], config.num_inner_updates)
+    every = sum(passes.values(), [])
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(each.attention for each in every)
+    assert counts.pop(torch.ops.aten.mm) == sum(each.flops for each in every) - attention
+    # Attention as computed covers all pairs of tokens; needed are ancestors only.
+    assert counts.keys() == {torch.ops.aten.bmm} and 0 < attention < counts[torch.ops.aten.bmm]
+
+
+def test_each_distinct_prefix_is_counted_once_per_pass():
+    prompts = [(1, 2, 3)] * 3 + [(1, 4)] * 3
+    completions = [(5, 6, 7), (5, 6, 8), (5,), (5, 6, 7), (9, 6), (5, 9, 7)]
+    prompt_ids = torch.tensor([(0,) * (3 - len(p)) + p for p in prompts])
+    ids = torch.tensor([c + (0,) * (3 - len(c)) for c in completions])
+    mask = (ids > 0).float()
+    batch = Rollout(prompt_ids, (prompt_ids > 0).long(), ids, mask, mask, mask[:, 0] > 1, [])
+    whole = [(p + c)[:-1] for p, c in zip(prompts, completions, strict=True)]
+    prefixes = {row[: i + 1] for row in whole for i in range(len(row))}
+    predicting = {
+        p + c[:i] for p, c in zip(prompts, completions, strict=True) for i in range(len(c))
+    }
+
+    sizes = {"hidden_size": 1, "num_hidden_layers": 1, "intermediate_size": 1, "head_dim": 1}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 10}
+    passes = needed_passes(SimpleNamespace(**sizes), batch, updates=2)
+    assert [len(each) for each in passes.values()] == [3, 1, 2, 2]
+    [reference], steps = passes["reference"], passes["rollout"]
+    assert reference.products == {(len(prefixes), 1, 1): 7, (len(predicting), 1, 10): 1}
+    assert reference.attention == 4 * sum(map(len, prefixes))
+    read = [(4, 2), (3, 3), (3, 3)]  # nodes, and of how many the logits are needed
+    assert [step.products for step in steps] == [{(n, 1, 1): 7, (k, 1, 10): 1} for n, k in read]
+    assert sum(step.attention for step in steps) == reference.attention
+
+
+def test_worst_case_has_full_length_and_shares_next_to_nothing(tmp_path):
+    work = worst_case(WORK, tmp_path)
+    with recorded_rollouts() as rollouts:
+        train_iteration(start(work), work.config)
+    [batch] = rollouts
+    rows, length = len(batch), work.config.max_new_tokens
+    assert batch.mask.eq(1).all() and batch.mask.shape == (rows, length)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1).tolist()
+    distinct = {tuple(row[: -length + i]) for row in ids for i in range(1, length)}
+    assert len(distinct) > 0.95 * rows * (length - 1)
+
+
+def test_roofline_repeats_one_iteration_and_misses_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "time_product", lambda *arguments: 1e-3)
+    output = tmp_path / "roofline.json"
+    with recorded_rollouts() as rollouts:
+        assert roofline.main(["--iterations", "1", "--output", str(output)]) == 0
+    first, second = rollouts
+    assert first.completion_ids.equal(second.completion_ids) and first.texts == second.texts
+    seconds = json.loads(output.read_text())["seconds"]
+    total = seconds.pop("all")
+    assert all(part > 0 for part in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(total, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Work:
-    """A random model, 2 problems of 3 completions of 5 tokens, 2 updates."""
-    work = Work(model=write_random_model(tmp_path_factory.mktemp("model"), SHAPE))
-    changes = {"batch_size": 2, "num_generations": 3, "max_new_tokens": 5, "num_inner_updates": 2}
-    return replace(work, config=replace(work.config, **changes))
-
-
-def load_eager(work: Work):
-    """PyTorch's counter knows no formula for the fused attention of a CPU."""
-    model, *others = load(work)
-    model.set_attn_implementation("eager")
-    return model, *others
-
-
-CHANGES = [{}, {"max_new_tokens": 1}, {"num_inner_updates": 1}, {"batch_size": 1}]
-
-
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_the_operations_counted_are_those_that_an_iteration_makes(small, changes, monkeypatch):
-    monkeypatch.setattr("benchmarks.common.load", load_eager)
-    work = replace(small, config=replace(small.config, **changes))
-    inputs = start(work)
-    with FlopCounterMode(display=False) as counter:
-        metrics = train_iteration(*inputs)
-    assert metrics["completion_length"] == work.config.max_new_tokens
-    expected = sum(count_flops(inputs[0].policy.model.config, work).values())
-    # It also counts the angles of the rotary embedding, an outer product: 0.1% of so small a model.
-    # The two problems drawn happen to differ in the first word that they can differ in.
-    assert expected <= counter.get_total_flops() <= 1.005 * expected
+def asked() -> Work:
+    """Natural completions, with worked examples in the prompt."""
+    return replace(WORK, config=replace(WORK.config, num_examples=3))
 
 
 @pytest.fixture(scope="module")
-def trainer(small):
+def trainer(asked):
     pytest.importorskip("trl", reason="TRL is absent; requirements-dev.txt names it")
     from benchmarks.turns import make_trainer
 
-    model, tokenizer, prompt = load(small)
-    return make_trainer(small, model, tokenizer, prompt)
+    return make_trainer(asked)
 
 
-def test_trl_is_given_the_same_prompts_in_the_same_order(small, trainer):
-    _, _, tokenizer, prompt, config = start(small)
+def test_trl_gets_the_same_prompts_in_the_same_order(asked, trainer):
+    state, config = start(asked), asked.config
     rng, count = random.Random(config.seed), config.batch_size * config.num_generations
     batches = iter(trainer.get_train_dataloader())
     for _ in range(3):
         ours = training_problems(config.batch_size, rng, config)
-        expected, _ = encode_prompts(tokenizer, [p.question for p in ours], prompt, "cpu")
+        questions = [p.question for p in ours for _ in range(config.num_generations)]
+        ids, mask = encode_prompts(state.tokenizer, questions, state.prompt, "cpu")
+        expected = [row[keep > 0].tolist() for row, keep in zip(ids, mask, strict=True)]
         for _ in range(config.num_inner_updates):
             rows = next(batches)
-            ids, *_ = trainer._tokenize_prompts([row["prompt"] for row in rows])
-            assert len(rows) == count
-            assert ids == expected.repeat_interleave(config.num_generations, dim=0).tolist()
+            theirs, *_ = trainer._tokenize_prompts([row["prompt"] for row in rows])
+            assert len(rows) == count and theirs == expected
             answers = [p.answer for p in ours for _ in range(config.num_generations)]
             assert [row["answer"] for row in rows] == answers
-    assert expected.shape[1] == small.prompt_tokens
 
 
-def test_trl_is_given_the_same_rewards_and_settings(small, trainer):
-    state, reference, tokenizer, _, config = start(small)
+def test_trl_gets_the_same_rewards_weights_and_settings(asked, trainer):
+    state, config = start(asked), asked.config
     texts, answers = ["<answer>4</answer>", "<answer>3</answer>", "4", "<answer>"], [4, 4, 4, 4]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     rewards = trainer.reward_funcs[0](completions=completions, answer=answers)
@@ -97,77 +140,35 @@ def test_trl_is_given_the_same_rewards_and_settings(small, trainer):
     for name in ("lr", "betas", "eps", "fused"):
         assert optimizer.param_groups[0][name] == state.optimizer.param_groups[0][name], name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0}
-    models = (trainer.model, trainer.ref_model, state.policy.model, reference.model)
-    kernels = {model.config._attn_implementation for model in models}
-    assert {kernel.removeprefix("branching ") for kernel in kernels} == {"sdpa"}
+    models = (trainer.model, trainer.ref_model, state.policy.model, state.reference.model)
     assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
     for one, other in zip(trainer.model.parameters(), state.policy.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert min(trainer.eos_token_ids) >= trainer.model.config.vocab_size
+    assert trainer.eos_token_ids == eos_token_ids(state.policy.model, state.tokenizer)
+    assert trainer.max_completion_length == config.max_new_tokens
     assert trainer.num_iterations == config.num_inner_updates
     assert trainer.args.steps_per_generation == trainer.args.gradient_accumulation_steps == 1
     assert (trainer.beta, trainer.epsilon_low, trainer.epsilon_high) == (0.04, 0.2, 0.2)
 
 
-def test_the_fit_finds_overhead_and_rate_and_neither_is_below_zero():
-    flops = [10**9, 10**10, 10**11]
-    overhead, slope = growth.fit(flops, [0.2 + 2e-11 * n for n in flops])
-    assert overhead == pytest.approx(0.2) and slope == pytest.approx(2e-11)
-    overhead, slope = growth.fit(flops, [2e-11 * n - 0.01 for n in flops])
-    assert overhead == 0 and slope == pytest.approx(2e-11, rel=0.6)
-    assert growth.fit(flops, [0.3, 0.2, 0.1])[1] == 0
+def test_no_end_token_can_be_sampled_in_endless_work(asked, trainer):
+    from benchmarks.turns import make_trainer
 
-
-def call(function, *arguments):
-    return function(*arguments)
-
-
-def call_once(function, copies: int) -> float:
-    function(0)
-    return 1.0
+    work = replace(asked, endless=True)
+    vocabulary, state = trainer.model.config.vocab_size, start(work)
+    assert min(make_trainer(work).eos_token_ids) >= vocabulary
+    assert min(eos_token_ids(state.policy.model, state.tokenizer)) >= vocabulary
 
 
 @pytest.mark.slow
-def test_growth_writes_its_figures_and_its_picture(tmp_path, monkeypatch):
-    axes = {"batch_size": (1, 2), "batch_size in micro-batches": (1, 2), "parameters": ((1, 32),)}
-    monkeypatch.setattr(growth, "AXES", axes)
-    monkeypatch.setattr(growth, "in_own_process", call)
-    output = tmp_path / "growth.json"
-    assert growth.main(["--seconds", "0", "--micro_batch_size", "8", "--output", str(output)]) == 0
-    result = json.loads(output.read_text())
-    assert [p["value"] for p in result["axes"]["batch_size"]["points"]] == [1, 2]
-    assert all(p["seconds"] > 0 for axis in result["axes"].values() for p in axis["points"])
-    assert output.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_limit_writes_its_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(limit, "in_own_process", call)
-    monkeypatch.setattr(limit, "seconds_per_call", call_once)
-    output = tmp_path / "limit.json"
-    assert limit.main(["--iterations", "1", "--output", str(output)]) == 0
-    result = json.loads(output.read_text())
-    parts = {name: seconds for name, seconds in result["seconds"].items() if name != "all"}
-    assert sum(parts.values()) == pytest.approx(result["seconds"]["all"], rel=1e-3)
-    for name in ("rollout", "reference", "forward", "backward", "optimiser", "tokenising"):
-        assert parts[name] > 0, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    ["--rounds 1 --iterations 1 --trl_iterations 1", "--accuracy True --rounds 1 --seconds 1"],
-)
-def test_both_loops_take_turns_and_are_written_down(flags, tmp_path):
+def test_both_loops_start_from_the_same_accuracy(tmp_path):
     pytest.importorskip("trl", reason="TRL is absent; requirements-dev.txt names it")
     output = tmp_path / "result.json"
-    done = run_script("benchmarks/vs_trl.py", *flags.split(), "--output", output, cwd=tmp_path)
+    flags = ("--accuracy", "True", "--seconds", 1, "--rounds", 1, "--output", output)
+    done = run_script("benchmarks/vs_trl.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
-    if "accuracy" in flags:
-        assert [len(result[loop]) for loop in ("ours", "trl")] == [2, 2]
-        before = result["ours"][0]["accuracies"]
-        assert before == result["trl"][0]["accuracies"] and before["sampled"]["accuracy"] > 0.3
-        assert output.with_suffix(".png").exists()
-    else:
-        assert all(result[loop]["completion_length"] == 16 for loop in ("ours", "trl"))
-        assert result["ratio"] > 0 and len(result["ratio_by_round"]) == 1
+    before = result["ours"][0]["accuracies"]
+    assert before == result["trl"][0]["accuracies"] and before["sampled"]["accuracy"] > 0.3
+    assert result["ours"][1]["iterations"] > 0 and result["trl"][1]["iterations"] > 0
+    assert output.with_suffix(".png").exists()

@@ -5,13 +5,13 @@ import torch
 from conftest import TINY, run_script
 from short_runs import saved_weights, short_training
 
-from checkpoint import read_json
+from engine.checkpoint import read_json
 
 MEASURED_ANEW = ("seconds", "peak_memory_mib", "peak_cuda_memory_mib", "command", "output_dir")
 
 
 def without_times(value):
-    """Metrics less what is bound to differ: times, memory, the folder written to."""
+    """Metrics without what must differ: times, memory, the folder written to."""
     if isinstance(value, dict):
         kept = {name: item for name, item in value.items() if name not in MEASURED_ANEW}
         return {name: without_times(item) for name, item in kept.items()}
@@ -24,7 +24,7 @@ def assert_same_weights(some: dict, others: dict) -> None:
         assert torch.equal(weight, others[name]), name
 
 
-def test_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(tmp_path):
+def test_same_seed_gives_bit_identical_metrics_and_weights(tmp_path):
     (first, weights), (second, again) = (short_training(tmp_path / str(i)) for i in range(2))
     assert without_times(first) == without_times(second)
     assert_same_weights(weights, again)
@@ -32,7 +32,7 @@ def test_same_seed_gives_the_same_metrics_and_weights_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_with_different_hash_seeds_agree_bit_for_bit(tmp_path, monkeypatch):
+def test_python_hash_seeds_change_no_bit(tmp_path, monkeypatch):
     settings = ["--preset", "tiny", "--device", "cpu", "--num_iterations", "2"]
     settings += ["--num_inner_updates", "2", "--batch_size", "2", "--eval_problems", "4"]
     settings += ["--learning_rate", "1e-4"]
@@ -61,15 +61,13 @@ def every_second(tmp_path_factory):
 
 
 @pytest.mark.parametrize("eval_every", [1, 0], ids=["twice as often", "never"])
-def test_how_often_one_evaluates_changes_nothing_in_the_training(
-    eval_every, every_second, tmp_path
-):
+def test_how_often_one_evaluates_changes_no_training(eval_every, every_second, tmp_path):
     metrics, weights = short_training(tmp_path, eval_every=eval_every, num_iterations=4)
-    seldom, its_weights = every_second
-    assert without_times(metrics["iterations"]) == without_times(seldom["iterations"])
+    other, its_weights = every_second
+    assert without_times(metrics["iterations"]) == without_times(other["iterations"])
     assert_same_weights(weights, its_weights)
     measured = {e["iteration"]: e for e in metrics["evaluations"] if e["split"] == "validation"}
-    before = {e["iteration"]: e for e in seldom["evaluations"] if e["split"] == "validation"}
+    before = {e["iteration"]: e for e in other["evaluations"] if e["split"] == "validation"}
     assert list(before) == [0, 2, 4]
     assert list(measured) == ([0, 1, 2, 3, 4] if eval_every else [0, 4])
     assert all(measured[i] == before[i] for i in measured.keys() & before.keys())

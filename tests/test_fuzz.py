@@ -1,4 +1,4 @@
-"""Bad input, by the hundred: one line, exit code 2, no traceback, no file changed, no code run."""
+"""Hostile input: one line, exit code 2, no file changed, no code run."""
 
 import io
 import json
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import inference
 import plot_metrics
 import train_grpo
-from cli import exit_code
+from engine.cli import exit_code
 from train_grpo import Config
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
-BY_THE_DOZEN = {"deadline": None, "suppress_health_check": QUIET, "derandomize": True}
+FUZZ = {"max_examples": 60, "deadline": None, "suppress_health_check": QUIET, "derandomize": True}
 TRAINING = ["--preset", "tiny", "--model_name", str(TINY)]
 CONTROL = st.sampled_from("\0\x01\x07\x08\x1b\x7f\x85\x9f\ud800\udfff\r\x0b")
 
@@ -29,7 +29,7 @@ def snapshot(folder) -> dict:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with something in it that must not change."""
+    """The current folder, with files that must not change."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grpo_metrics.json").write_text("an earlier run's")
     (tmp_path / "saved_model").mkdir()
@@ -37,8 +37,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def refuse(main, argv: list[str], folder, capsys) -> str:
-    """Check that `main(argv)` is refused in one line and changes nothing. Returns the line."""
+def refuse(main, argv: list[str], folder, capsys) -> None:
+    """Check that `main(argv)` is refused in one line and changes no file."""
     before = snapshot(folder)
     capsys.readouterr()
     assert exit_code(lambda: main(argv)) == 2, argv
@@ -46,7 +46,6 @@ def refuse(main, argv: list[str], folder, capsys) -> str:
     assert len(err) == 1 and err[0].startswith("error: "), err
     assert len(err[0]) < 2000
     assert snapshot(folder) == before
-    return err[0]
 
 
 NUMBERS = [
@@ -54,7 +53,7 @@ NUMBERS = [
     for name, field in Config.__dataclass_fields__.items()
     if field.type in (int, float) and field.metadata.get("metavar")
 ]
-NO_NUMBER = st.text(st.characters(exclude_categories=["Nd", "Cs"]), max_size=20).filter(
+NOT_A_NUMBER = st.text(st.characters(exclude_categories=["Nd", "Cs"]), max_size=20).filter(
     lambda text: text.strip().lower().lstrip("+-") not in ("nan", "inf", "infinity")
 )
 
@@ -69,68 +68,36 @@ def out_of_range(name: str):
 
 BAD_SETTINGS = st.one_of(
     st.sampled_from(NUMBERS).flatmap(out_of_range),
-    st.tuples(st.sampled_from(NUMBERS), NO_NUMBER).map(lambda t: [f"--{t[0]}={t[1]}"]),
-    st.sampled_from(["learning_rate", "epsilon", "beta", "max_kl"]).map(lambda n: [f"--{n}=nan"]),
+    st.tuples(st.sampled_from(NUMBERS), NOT_A_NUMBER).map(lambda t: [f"--{t[0]}={t[1]}"]),
     st.text(min_size=1).map(lambda text: ["--preset=" + text + "?"]),
-    st.text(st.characters(codec="ascii")).map(lambda text: ["--dtype=float" + text + "!"]),
-    st.text("abcdefgh", min_size=1).map(lambda text: [f"--no_{text}"]),
-    st.text("abcdefgh", min_size=1).map(lambda text: [f"stray{text}"]),
-    st.text("xyz", min_size=1).map(lambda text: ["--resume=" + text]),
+    st.text("abc", min_size=1).map(lambda text: ["--resume=" + text]),
     st.tuples(st.text(max_size=9), CONTROL).map(lambda t: ["--system_prompt=" + "".join(t)]),
     st.tuples(st.text(max_size=9), CONTROL).map(lambda t: ["--output_dir=" + "".join(t)]),
     st.text("abc/.~", min_size=1).map(lambda text: [f"--model_name=/no/such/{text}"]),
     st.sampled_from(["tpu9", "cuda:99", "cpu:x", "", "\0", "mps:7", "meta2"]).map(
         lambda text: ["--device=" + text]
     ),
-    st.integers(0, 999).map(lambda n: [f"--min_operand={n}", f"--max_operand={n - 1}"]),
 )
 
 
-@settings(max_examples=150, **BY_THE_DOZEN)
+@settings(**FUZZ)
 @given(flags=BAD_SETTINGS)
 def test_bad_settings_are_refused(workplace, capsys, flags):
     refuse(train_grpo.main, [*TRAINING, *flags], workplace, capsys)
 
 
-BAD_QUESTIONS = st.one_of(
-    st.tuples(st.text(max_size=9), CONTROL, st.text(max_size=9)).map("".join),
-    st.sampled_from(["<|end|>", "<|user|>", "<|system|>", "<|assistant|>", "<|pad|>"]).map(
-        "What is {}?".format
-    ),
-    st.integers(4001, 10**6).map(lambda n: "7" * n),
-    st.integers(600, 4000).map(lambda n: "7" * n),
-    st.sampled_from(["", " ", "\t", "\n"]),
+@pytest.mark.parametrize(
+    "question",
+    ["7" * 1_000_000, "7" * 600, "a\0b", "What is <|user|>?", "\x1b[31m1", "\ud800"],
+    ids=["too long", "too long for the model", "NUL", "reserved", "escape", "half a character"],
 )
-BAD_REQUESTS = st.one_of(
-    BAD_QUESTIONS.map(lambda question: ["--", question]),
-    st.integers(max_value=0).map(lambda n: [f"--num_samples={n}", "1 + 1"]),
-    st.sampled_from(["-1", "nan", "inf", "101", "x", ""]).map(
-        lambda text: [f"--temperature={text}", "1 + 1"]
-    ),
-    st.text("ab", min_size=1).map(lambda text: [f"--{text}", "1 + 1"]),
-    st.text("ab", min_size=1).map(lambda text: ["1 + 1", text]),
-    st.just(["--num_samples=2", "--temperature=0", "1 + 1"]),
-    st.text("ab/.\0", min_size=1).map(lambda text: [f"--model=/no/{text}", "1 + 1"]),
-)
-
-
-@settings(max_examples=80, **BY_THE_DOZEN)
-@given(request=BAD_REQUESTS)
-def test_bad_questions_are_refused(workplace, capsys, request):
-    argv = request if any(r.startswith("--model") for r in request) else [f"--model={TINY}"]
-    argv = argv if argv is request else [*argv, *request]
-    refuse(inference.main, argv, workplace, capsys)
-
-
-@pytest.mark.parametrize("question", ["7" * 1_000_000, "a\0b", "What is <|user|>?", "\x1b[31m1"])
-def test_a_hostile_question_is_refused_on_standard_input_too(
-    workplace, capsys, monkeypatch, question
-):
+def test_hostile_questions_are_refused(workplace, capsys, monkeypatch, question):
     monkeypatch.setattr(sys, "stdin", io.StringIO(question))
     refuse(inference.main, [f"--model={TINY}"], workplace, capsys)
+    refuse(inference.main, [f"--model={TINY}", "--", question], workplace, capsys)
 
 
-def test_standard_input_that_is_no_text_is_refused(workplace, capsys, monkeypatch):
+def test_standard_input_that_is_not_text_is_refused(workplace, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x80"), "utf-8"))
     refuse(inference.main, [f"--model={TINY}"], workplace, capsys)
 
@@ -157,7 +124,7 @@ JUNK = st.recursive(
     ),
     max_leaves=8,
 )
-NO_NUMBERS = st.one_of(
+NOT_NUMBERS = st.one_of(
     st.text(max_size=3), st.booleans(), st.lists(st.integers(), max_size=2), st.just(10**400)
 )
 
@@ -184,27 +151,21 @@ BAD_METRICS = st.one_of(
     st.binary(max_size=40),
     JUNK.map(lambda junk: json.dumps(junk).encode()),
     st.integers(0, len(json.dumps(SOUND)) - 1).map(lambda n: json.dumps(SOUND)[:n].encode()),
-    st.tuples(st.sampled_from(SPOTS), NO_NUMBERS).map(lambda t: broken(*t).encode()),
+    st.tuples(st.sampled_from(SPOTS), NOT_NUMBERS).map(lambda t: broken(*t).encode()),
     st.sampled_from(SPOTS[2:]).map(lambda spot: broken(spot, None).encode()),
     st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xef\xbb\xbf{}"]),
 )
 
 
-@settings(max_examples=150, **BY_THE_DOZEN)
+@settings(**FUZZ)
 @given(content=BAD_METRICS)
 def test_bad_metrics_are_refused(workplace, capsys, content):
     (workplace / "bad.json").write_bytes(content)
     refuse(plot_metrics.main, ["bad.json"], workplace, capsys)
 
 
-@pytest.mark.parametrize("junk", [b"\x00", b"[", b"1", b'{"iterations": [0], '])
-def test_a_hundred_megabytes_of_garbage_are_refused(workplace, capsys, junk):
-    (workplace / "bad.json").write_bytes(junk * (100_000_000 // len(junk)))
-    refuse(plot_metrics.main, ["bad.json"], workplace, capsys)
-
-
-@pytest.mark.parametrize("argv", [["none.json"], ["."], ["--nonsense"], ["a\0b"], ["saved_model"]])
-def test_metrics_that_are_not_there_are_refused(workplace, capsys, argv):
+@pytest.mark.parametrize("argv", [["none.json"], ["."], ["--nonsense"], ["a\0b"]])
+def test_missing_metrics_are_refused(workplace, capsys, argv):
     refuse(plot_metrics.main, argv, workplace, capsys)
 
 
@@ -214,7 +175,7 @@ def copy_of_tiny(folder):
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return (open, ("executed", "w"))
@@ -257,28 +218,22 @@ DAMAGE = {
     "a tokenizer with custom code": custom_tokenizer,
     "no chat template": lambda model: (model / "chat_template.jinja").unlink(),
     "a template that fails": template("{{ messages[7].content.x.y }}"),
-    "a template that divides by zero": template("{{ 1 / 0 }}"),
     "a template that breaks out": template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-    "a template that is no template": template("{% for %}"),
-    "weights of 3 bytes": lambda model: (model / "model.safetensors").write_bytes(b"abc"),
-    "weights cut off": lambda model: (model / "model.safetensors").write_bytes(
+    "truncated weights": lambda model: (model / "model.safetensors").write_bytes(
         (TINY / "model.safetensors").read_bytes()[:100_000]
     ),
     "no weights": lambda model: (model / "model.safetensors").unlink(),
-    "no config": lambda model: (model / "config.json").unlink(),
-    "a config that is a list": lambda model: (model / "config.json").write_text("[1]"),
-    "a config of another kind": lambda model: edit(model / "config.json", model_type="bert"),
-    "heads that do not divide": lambda model: edit(model / "config.json", hidden_size="x"),
-    "a small vocabulary": lambda model: edit(model / "config.json", vocab_size=9),
+    "a model of another kind": lambda model: edit(model / "config.json", model_type="bert"),
+    "a vocabulary that is too small": lambda model: edit(model / "config.json", vocab_size=9),
     "a tokenizer of garbage": lambda model: (model / "tokenizer.json").write_text("{"),
-    "an end token that is a word": lambda model: edit(
+    "an end token that is no token": lambda model: edit(
         model / "generation_config.json", eos_token_id="stop"
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_hostile_or_damaged_model_is_refused_and_runs_no_code(workplace, capsys, damage):
+def test_a_damaged_model_is_refused_and_runs_no_code(workplace, capsys, damage):
     model = copy_of_tiny(workplace)
     DAMAGE[damage](model)
     refuse(inference.main, ["--model", str(model), "What is (1 + 2) * 3?"], workplace, capsys)
@@ -287,9 +242,16 @@ def test_a_hostile_or_damaged_model_is_refused_and_runs_no_code(workplace, capsy
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"system": 1, "examples": []}', '{"system": "\\ud800"}']
+    "changes",
+    [
+        {"system": 1},
+        {"system": "\ud800"},
+        {"examples": [["a"]]},
+        {"max_new_tokens": 0},
+        {"off_task": 1},
+    ],
 )
-def test_a_prompt_file_that_is_none_is_refused(workplace, capsys, content):
+def test_a_damaged_prompt_file_is_refused(workplace, capsys, changes):
     model = copy_of_tiny(workplace)
-    (model / "grpo_prompt.json").write_text(content)
+    edit(model / "grpo_prompt.json", **changes)
     refuse(inference.main, ["--model", str(model), "What is (1 + 2) * 3?"], workplace, capsys)

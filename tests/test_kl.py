@@ -34,16 +34,16 @@ def exact_slope(d: float, estimator: str) -> float:
     return slope if estimator == "k3_inverse" else -slope
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_expectation_of_k3_is_the_exact_kl_divergence(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_expectation_of_k3_is_the_exact_kl(seed):
     logits, ref = distributions(seed)
     pi = logits.softmax(0)
     expectation = (pi * kl_term(pi.log(), ref, "k3")).sum()
     torch.testing.assert_close(expectation, kl_divergence(pi, ref.exp()), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_expectation_of_k3_inverse_is_chi_square_less_the_kl_divergence(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_expectation_of_k3_inverse_is_chi_square_less_kl(seed):
     logits, ref = distributions(seed)
     pi = logits.softmax(0)
     expectation = (pi * kl_term(pi.log(), ref, "k3_inverse")).sum()
@@ -59,8 +59,8 @@ def on_policy_gradient(logits: torch.Tensor, ref: torch.Tensor, estimator: str) 
     return torch.autograd.grad((drawn * terms).sum(), logits)[0]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_expected_gradient_of_k3_is_that_of_the_reverse_kl_divergence(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_gradient_of_k3_is_that_of_reverse_kl(seed):
     logits, ref = distributions(seed)
     # In the logits, KL(ref || softmax) has the gradient softmax - ref.
     closed_form = logits.softmax(0) - ref.exp()
@@ -68,8 +68,8 @@ def test_expected_gradient_of_k3_is_that_of_the_reverse_kl_divergence(seed):
     torch.testing.assert_close(gradient, closed_form, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_expected_gradient_of_k3_inverse_is_that_of_half_the_chi_square(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_gradient_of_k3_inverse_is_half_chi_squares(seed):
     logits, ref = distributions(seed)
     leaf = logits.clone().requires_grad_(True)
     closed_form = torch.autograd.grad(chi_square(leaf.softmax(0), ref.exp()) / 2, leaf)[0]
@@ -116,9 +116,9 @@ def test_beyond_twenty_the_value_continues_by_its_tangent(estimator, d):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [-100.0, 100.0])
-def test_far_away_value_and_gradient_are_finite_and_pull_the_right_way(estimator, dtype, d):
+def test_far_away_value_and_gradient_are_finite_and_pull_back(estimator, dtype, d):
     far, near = torch.tensor([d - 1.0]).to(dtype), torch.tensor([-1.0]).to(dtype)
-    # `d` as the estimator defines it: the policy stands where that takes it.
+    # The policy is placed so that `d`, as the estimator defines it, is the one asked for.
     logprobs, ref = (far, near) if estimator == "k3_inverse" else (near, far)
     logprobs = logprobs.clone().requires_grad_(True)
     value = kl_term(logprobs, ref, estimator)

@@ -160,7 +160,7 @@ def test_loss_gradient_and_metrics_equal_equation_3_in_loops(beta, estimator):
     assert stats["clip_fraction"] > 0
 
 
-def test_every_completion_weighs_the_same_whatever_its_length():
+def test_completions_of_any_length_weigh_the_same():
     values = torch.tensor([[2.0, 99.0, 99.0], [4.0, 5.0, 6.0]])
     mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     assert completion_mean(values, mask).item() == (2 + 5) / 2

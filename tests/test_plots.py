@@ -1,13 +1,12 @@
-"""One metrics file, or several, in; two pictures out."""
+"""One metrics file, or several, in; two PNGs out."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import run_script
 from matplotlib.image import imread
 
-from plot_metrics import PLOT_FILES, WINDOW, draw, series
+from plot_metrics import PLOT_FILES, WINDOW, draw, main, series
 
 
 def write_run(path, iterations=120, level=0.5):
@@ -33,10 +32,10 @@ def write_run(path, iterations=120, level=0.5):
     return path
 
 
-def test_a_run_is_redrawn_beside_its_metrics(tmp_path):
+def test_a_run_is_redrawn_next_to_its_metrics(tmp_path, monkeypatch):
     write_run(tmp_path / "run" / "grpo_metrics.json")
-    result = run_script("plot_metrics.py", "run/grpo_metrics.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["run/grpo_metrics.json"]) == 0
     for name in PLOT_FILES:
         height, width, _ = imread(tmp_path / "run" / name).shape
         assert (width, height) == (1200, 480)

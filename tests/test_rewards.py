@@ -1,8 +1,9 @@
-"""What games a judge: every trick in one table, with what it must earn."""
+"""Every trick that could game the reward, in one table, with what it must earn."""
 
 import pytest
 
-from rewards import Score, parse_completion, score, summarise
+from engine.run import accuracy_summary
+from rewards import Score, parse_completion, score
 from train_grpo import REWARD_WEIGHTS, reward_function
 
 NOTHING, FORMAT = Score(False, False, False), Score(True, False, False)
@@ -86,14 +87,14 @@ def test_the_reward_adds_the_weighted_parts():
 
 def test_the_interval_is_wilsons():
     # 15 of 50: Newcombe (1998) gives 0.1910 to 0.4375.
-    summary = summarise([EXACT] * 15 + [FORMAT] * 30 + [NOTHING] * 5)
+    summary = accuracy_summary([True] * 15 + [False] * 35, [True] * 45 + [False] * 5)
     assert (summary["accuracy"], summary["format"], summary["problems"]) == (0.3, 0.9, 50)
     assert summary["low"] == pytest.approx(0.1910, abs=1e-4)
     assert summary["high"] == pytest.approx(0.4375, abs=1e-4)
 
 
-@pytest.mark.parametrize("exact", [0, 20])
+@pytest.mark.parametrize("exact", [True, False])
 def test_the_interval_stays_within_0_and_1(exact):
-    summary = summarise([EXACT] * exact + [NOTHING] * (20 - exact))
+    summary = accuracy_summary([exact] * 20, [True] * 20)
     assert 0 <= summary["low"] <= summary["accuracy"] <= summary["high"] <= 1
     assert summary["high"] - summary["low"] > 0.1  # no certainty from 20 trials

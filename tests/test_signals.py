@@ -1,66 +1,49 @@
-"""SIGINT and SIGTERM: the iteration is finished, everything saved, the way on named."""
+"""SIGINT and SIGTERM end the iteration, save everything and name the command to continue."""
 
-import json
 import signal
 
 import pytest
-from conftest import run_script
-from processes import finish, newest, printed, start, wait_until
+from processes import arguments, finish, newest, printed, read_metrics, start, wait_until
 from transformers import AutoModelForCausalLM
 
-from checkpoint import METRICS_FILE, load_checkpoint
-from plot_metrics import PLOT_FILES
-
-ENDLESS = ("--num_iterations", 100000)
+import train_grpo
+from engine.checkpoint import METRICS_FILE, load_checkpoint, run_folder
+from engine.cli import UserError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_metrics_and_plots_and_says_how_to_resume(tmp_path, number):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    process = start(folder, *ENDLESS)
-    wait_until(lambda: newest(folder) >= 4, process)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    text = printed(folder)
-    assert "Traceback" not in text
-    assert "train_grpo.py" in text.split("to go on")[1] and "--resume" in text.split("to go on")[1]
-    metrics = json.loads((folder / METRICS_FILE).read_text())
+def test_a_signal_saves_the_run_and_says_how_to_continue(tmp_path, monkeypatch, number):
+    real, done = train_grpo.train_iteration, []
+
+    def iteration(*inputs):
+        done.append(real(*inputs))
+        if len(done) == 3:
+            signal.raise_signal(number)
+        return done[-1]
+
+    monkeypatch.setattr(train_grpo, "train_iteration", iteration)
+    out = finish(tmp_path, "--num_iterations", 100, code=128 + number)
+    metrics = read_metrics(tmp_path)
     assert metrics["status"] == "interrupted" and metrics["stop_reason"] == number.name
-    assert newest(folder) == len(metrics["iterations"]) >= 4
-    assert all((folder / name).exists() for name in PLOT_FILES)
-    AutoModelForCausalLM.from_pretrained(folder / "saved_model")
-    if number == signal.SIGTERM:
-        done = str(newest(folder) + 2)
-        assert "finished" in finish(folder, "--num_iterations", done, "--resume")
+    assert newest(tmp_path) == len(metrics["iterations"]) == 3
+    assert metrics["environment"]["command"] + " --resume" in out.split("to continue")[1]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved_model")
+    assert "finished" in finish(tmp_path, "--num_iterations", 4, "--resume")
 
 
-def test_a_second_ctrl_c_stops_at_once_and_leaves_valid_files(tmp_path):
+def test_a_second_ctrl_c_kills_and_leaves_valid_files(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    process = start(folder, *ENDLESS, "--num_inner_updates", 200)  # iterations of seconds
+    process = start(folder, "--num_iterations", 100, "--num_inner_updates", 60)
     wait_until((folder / METRICS_FILE).exists, process)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "Ctrl-C to stop at once" in printed(folder), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == -signal.SIGINT
     assert load_checkpoint(folder) is not None
-    assert json.loads((folder / METRICS_FILE).read_text())["status"] == "running"
+    assert read_metrics(folder)["status"] == "running"
 
 
-@pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_by_name_and_a_dead_one_leaves_no_lock(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    process = start(folder, *ENDLESS)
-    try:
-        wait_until(lambda: newest(folder) >= 1, process)
-        second = run_script("train_grpo.py", "--preset", "tiny", "--resume", cwd=folder)
-        assert second.returncode == 2
-        assert str(folder) in second.stderr and "another run" in second.stderr
-        assert len(second.stderr.splitlines()) == 1
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = str(newest(folder) + 1)
-    assert "finished" in finish(folder, "--num_iterations", done, "--resume", "--eval_every", "0")
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    with run_folder(tmp_path), pytest.raises(UserError, match=f"another run.*{tmp_path}"):
+        train_grpo.main(arguments("--output_dir", tmp_path))

@@ -1,4 +1,4 @@
-"""The bundled model: small, used like any chat model, and honest about what it was shown."""
+"""The bundled model: small, used like any chat model, and true to its card."""
 
 import sys
 
@@ -6,14 +6,22 @@ import pytest
 from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "tiny_model"))
-from make import HABITS, demonstrations, make_tokenizer, pass_at_64
+from make import HABITS, demonstrations, make_prompt, make_tokenizer, pass_at_64
 
-from inference import read_prompt
-from policy import encode_prompts
-from train_grpo import Config, Problem, evaluate, held_out_problems, make_prompt
+from engine.models import encode_prompts, read_prompt
+from engine.tree import TreePolicy
+from train_grpo import (
+    PRESETS,
+    Config,
+    Problem,
+    TrainState,
+    arithmetic_prompt,
+    evaluate,
+    held_out_problems,
+)
 
 
-def test_its_weights_are_under_5_mb_and_about_a_million(tiny):
+def test_it_has_a_million_weights_in_under_5_mb(tiny):
     assert (TINY / "model.safetensors").stat().st_size < 5_000_000
     assert 1_000_000 < tiny[0].model.num_parameters() < 1_100_000
 
@@ -32,8 +40,9 @@ def test_every_printable_text_survives_the_tokenizer():
 
 
 def test_it_is_asked_as_training_asks_it(tiny):
-    assert read_prompt(str(TINY)) == make_prompt(Config())
-    ids, mask = encode_prompts(tiny[1], ["What is (4 - 9) * 6?"], make_prompt(Config()), "cpu")
+    prompt = read_prompt(str(TINY))
+    assert prompt == make_prompt() == arithmetic_prompt(Config(**PRESETS["tiny"]))
+    ids, mask = encode_prompts(tiny[1], ["What is (4 - 9) * 6?"], prompt, "cpu")
     assert ids.shape == (1, 19) and mask.all()
 
 
@@ -49,10 +58,12 @@ def test_each_calculator_makes_its_own_mistake():
     assert sum(HABITS.values()) == pytest.approx(1)
 
 
-def test_its_base_accuracy_leaves_room_and_its_habits_hold_the_right_one(tiny):
-    config = Config()
-    problems = held_out_problems("validation", 128, config)
-    accuracies = evaluate(*tiny, make_prompt(config), problems, config, seed=0)
-    assert 0.25 < accuracies["sampled"]["accuracy"] < 0.45
-    assert accuracies["greedy"]["accuracy"] < 0.55
-    assert pass_at_64(*tiny, problems) >= 0.95
+def test_it_is_often_wrong_but_knows_the_right_habit(tiny):
+    policy, tokenizer = TreePolicy(tiny[0].model), tiny[1]
+    config = Config(eval_problems=128)
+    state = TrainState(policy, policy, None, tokenizer, make_prompt(), None, None)
+    results = evaluate(state, policy, "validation", config, seed=0)
+    assert 0.25 < results["accuracies"]["sampled"]["accuracy"] < 0.45
+    assert results["accuracies"]["greedy"]["accuracy"] < 0.55
+    assert results["off_task"]["accuracy"] > 0.9
+    assert pass_at_64(policy, tokenizer, held_out_problems("validation", 64, config)) >= 0.95

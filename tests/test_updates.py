@@ -9,86 +9,92 @@ import torch
 from conftest import TINY
 from short_runs import saved_weights, short_config, short_training
 from small_models import (
+    Numbers,
     Recorder,
-    naive_logprobs,
+    left_padded,
     nearby,
     ragged_batch,
     random_ids,
     small_model,
+    unpadded_logprobs,
 )
 
 import train_grpo
-from policy import Policy
+from engine.policy import Policy, Rollout, frozen_copy
+from engine.tree import TreePolicy
 from train_grpo import (
     Config,
     TrainState,
-    make_prompt,
+    arithmetic_prompt,
+    batch_metrics,
     reward_function,
+    rollout,
     train_iteration,
     training_problems,
     update_policy,
 )
 
 PROMPTS = [random_ids(length, seed=length) for length in (4, 9)]
-LENGTHS = (5, 1, 3, 6, 2, 6)
+LENGTHS = (5, 1, 3, 6, 2, 6, 4, 1)
 COMPLETIONS = [random_ids(length, seed=50 + i) for i, length in enumerate(LENGTHS)]
-ADVANTAGES = torch.tensor([1.2, -0.9, -0.3, 0.8, 0.5, -1.3])
-GROUP = 3
+ADVANTAGES = torch.tensor([1.2, -0.9, -0.3, 0.8, 0.5, -1.3, 0.0, 0.7])
+BOTH = pytest.mark.parametrize("kind", [Policy, TreePolicy])
+
+
+def make_batch() -> Rollout:
+    batch = ragged_batch(PROMPTS, COMPLETIONS)
+    batch.advantages = ADVANTAGES
+    return batch
 
 
 def plain_logprobs(model) -> list[torch.Tensor]:
-    return [naive_logprobs(model, PROMPTS[i // GROUP], c) for i, c in enumerate(COMPLETIONS)]
+    """Log-probabilities of each completion, from a forward of its own."""
+    rows = unpadded_logprobs(model, make_batch())
+    return [row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_first_inner_update_has_the_gradient_of_reinforce(name):
-    policy = Policy(small_model(name))
-    config = Config(num_generations=GROUP, num_inner_updates=1, beta=0, clip_grad_norm=1e9)
-    recorder, batch = Recorder(policy), ragged_batch(PROMPTS, COMPLETIONS)
-    update_policy(policy, nearby(policy), recorder, batch, ADVANTAGES, config)
+@BOTH
+def test_first_inner_update_has_the_gradient_of_reinforce(kind):
+    policy = kind(small_model("gemma2"))
+    config = Config(num_inner_updates=1, beta=0, clip_grad_norm=1e9)
+    recorder = Recorder(policy)
+    update_policy(policy, nearby(policy), recorder, make_batch(), config)
     # REINFORCE: the gradient of log pi, weighted by the advantage, averaged over tokens and rows.
     scores = plain_logprobs(policy.model)
-    gain = mean_of([a * s.mean() for a, s in zip(ADVANTAGES, scores, strict=True)])
-    parameters = dict(policy.model.named_parameters())
-    expected = torch.autograd.grad(-gain, list(parameters.values()))
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        error = (recorder.gradients[parameter] - gradient).norm()
-        assert error <= 1e-4 * gradient.norm(), parameter
+    gain = torch.stack([a * s.mean() for a, s in zip(ADVANTAGES, scores, strict=True)]).mean()
+    names, parameters = zip(*policy.model.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(-gain, parameters), strict=True):
+        assert (recorder.gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(values).mean()
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 6])
-def test_first_inner_update_clips_nothing_even_in_a_range_of_no_width(micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+def test_first_inner_update_clips_nothing_even_at_epsilon_zero(micro_batch_size):
     policy = Policy(small_model("llama"))
-    config = Config(
-        num_generations=GROUP, num_inner_updates=1, epsilon=0, micro_batch_size=micro_batch_size
-    )
-    batch = ragged_batch(PROMPTS, COMPLETIONS)
-    done = update_policy(policy, nearby(policy), Recorder(policy), batch, ADVANTAGES, config)
-    assert done["clip_fraction"] == 0
-    assert done["kl"] > 0  # against a reference from which it has strayed
+    config = Config(num_inner_updates=1, epsilon=0, micro_batch_size=micro_batch_size)
+    metrics = update_policy(policy, nearby(policy), Recorder(policy), make_batch(), config)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["kl"] > 0  # against a reference from which it has strayed
+
+
+def fresh_state(tiny, config: Config, kind=Policy, dtype=torch.float32) -> TrainState:
+    """As `set_up` makes it, of a copy of the bundled model."""
+    policy = kind(copy.deepcopy(tiny[0].model), dtype)
+    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0)
+    prompt, token_rng = arithmetic_prompt(config), torch.Generator().manual_seed(0)
+    reference = frozen_copy(policy)
+    return TrainState(policy, reference, adamw, tiny[1], prompt, random.Random(0), token_rng)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("micro_batch_size", [0, 2, 8])
-def test_in_the_first_iteration_kl_is_exactly_zero(tiny, dtype, micro_batch_size):
-    policy = Policy(copy.deepcopy(tiny[0].model), dtype)
-    reference = copy.deepcopy(policy)
-    config = short_config("", num_generations=4, micro_batch_size=micro_batch_size, batch_size=4)
-    state, prompt = fresh_state(policy, config), make_prompt(config)
-    first = train_iteration(state, reference, tiny[1], prompt, config)
+@pytest.mark.parametrize("micro_batch_size", [0, 6])
+@BOTH
+def test_in_the_first_iteration_kl_is_exactly_zero(tiny, kind, dtype, micro_batch_size):
+    config = short_config("", batch_size=4, micro_batch_size=micro_batch_size)
+    state = fresh_state(tiny, config, kind, dtype)
+    first, second = (train_iteration(state, config) for _ in range(2))
     assert first["kl"] == first["kl_penalty"] == 0
     assert first["grad_norm"] > 0
-    second = train_iteration(state, reference, tiny[1], prompt, config)
     assert second["kl"] > 0 and second["kl_penalty"] > 0
-
-
-def fresh_state(policy: Policy, config: Config) -> TrainState:
-    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0)
-    return TrainState(policy, adamw, random.Random(0), torch.Generator().manual_seed(0), {})
 
 
 def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float):
@@ -103,7 +109,7 @@ def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float
             ratio, advantage = torch.exp(score - old[i]), ADVANTAGES[i]
             inside = (ratio > 1 - config.epsilon) & (ratio < 1 + config.epsilon)
             edge = 1 + config.epsilon if advantage > 0 else 1 - config.epsilon
-            beyond = ~inside & ((ratio > 1) == (advantage > 0))
+            beyond = ~inside & ((ratio > 1) == (advantage > 0)) & (advantage != 0)
             surrogate = torch.where(beyond, torch.tensor(edge), ratio) * advantage
             strayed = torch.exp(score - ref[i])  # pi_theta / pi_ref
             penalty = strayed - 1 - torch.log(strayed)
@@ -111,7 +117,7 @@ def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float
             penalties.append(penalty.mean().item())
             kls.append((1 / strayed - 1 + torch.log(strayed)).mean().item())
             held.append(beyond.float().mean().item())
-        loss = mean_of(losses)
+        loss = torch.stack(losses).mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         norm = sum(g.square().sum() for g in gradients).sqrt().item()
         with torch.no_grad():
@@ -125,11 +131,11 @@ def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
 @pytest.mark.parametrize("clip_grad_norm", [0.5, 1e9])
-def test_all_inner_updates_equal_a_plain_loop(micro_batch_size, clip_grad_norm):
-    policy = Policy(small_model("llama"))
+@BOTH
+def test_all_inner_updates_equal_a_plain_loop(kind, clip_grad_norm, micro_batch_size):
+    policy = kind(small_model("llama"))
     start, reference, rate = copy.deepcopy(policy.model), nearby(policy), 0.05
     config = Config(
-        num_generations=GROUP,
         num_inner_updates=4,
         beta=0.3,
         clip_grad_norm=clip_grad_norm,
@@ -137,50 +143,84 @@ def test_all_inner_updates_equal_a_plain_loop(micro_batch_size, clip_grad_norm):
     )
     model, expected = plain_updates(policy, reference, config, rate)
     optimizer = torch.optim.SGD(policy.parameters(), rate)
-    batch = ragged_batch(PROMPTS, COMPLETIONS)
-    done = update_policy(policy, reference, optimizer, batch, ADVANTAGES, config)
-    del done["sampling_gap"]  # this batch was never sampled
-    assert done.pop("skipped_updates") == 0
-    assert done == pytest.approx(expected, rel=1e-3)
-    assert done["clip_fraction"] > 0 and done["grad_norm"] > 0.5
+    metrics = update_policy(policy, reference, optimizer, make_batch(), config)
+    del metrics["logprob_mismatch"]  # this batch was never sampled
+    assert metrics.pop("skipped_updates") == 0
+    assert metrics == pytest.approx(expected, rel=1e-3)
+    assert metrics["clip_fraction"] > 0 and metrics["grad_norm"] > 0.5
     for before, mine, its in zip(
         start.parameters(), policy.parameters(), model.parameters(), strict=True
     ):
         assert (mine - its).norm() <= 1e-3 * (its - before).norm()
 
 
-def test_each_completion_is_scored_against_the_answer_of_its_own_prompt(tiny, monkeypatch):
-    policy, tokenizer = Policy(copy.deepcopy(tiny[0].model)), tiny[1]
-    config = short_config("", batch_size=3, num_generations=4)
+@pytest.mark.parametrize(("masked", "expected"), [(False, 0.5), (True, 0.0)])
+@BOTH
+def test_logprob_mismatch_shows_a_wrong_record_before_the_end(kind, masked, expected):
+    policy, generator = kind(small_model("llama", eos_ids=list(range(2, 12)))), torch.Generator()
+    batch = rollout(policy, Numbers(), left_padded(PROMPTS), 4, 6, generator.manual_seed(1))
+    batch.advantages = ADVANTAGES
+    row, token = ((batch.mask == 0) == masked).nonzero()[-1].tolist()
+    if masked:
+        batch.completion_ids[row, token] += 1
+    else:
+        batch.sampled_logprobs[row, token] += 0.5
+    config = Config(num_inner_updates=2, micro_batch_size=3)
+    metrics = update_policy(policy, policy, Recorder(policy), batch, config)
+    assert metrics["logprob_mismatch"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_completion_is_scored_against_its_own_answer(tiny, monkeypatch):
+    config = short_config("", batch_size=3)
     asked, scored = [], []
 
-    def spy_rollout(*arguments, **options):
-        batch = real_rollout(*arguments, **options)
-        asked.extend(tokenizer.batch_decode(batch.prompt_ids))
+    def spy_rollout(*arguments):
+        batch = rollout(*arguments)
+        asked.extend(tiny[1].batch_decode(batch.prompt_ids))
         return batch
 
     def spy_reward(texts, answers):
         scored.extend(answers)
         return reward_function(texts, answers)
 
-    real_rollout = train_grpo.rollout
     monkeypatch.setattr(train_grpo, "rollout", spy_rollout)
     monkeypatch.setattr(train_grpo, "reward_function", spy_reward)
-    state = fresh_state(policy, config)
-    train_iteration(state, copy.deepcopy(policy), tokenizer, make_prompt(config), config)
+    train_iteration(fresh_state(tiny, config), config)
     problems = training_problems(3, random.Random(0), config)
-    assert len(asked) == 3 and len({problem.answer for problem in problems}) == 3
-    for i, problem in enumerate(problems):
-        assert problem.question in asked[i]
-        assert scored[4 * i : 4 * i + 4] == [problem.answer] * 4
+    assert len({problem.answer for problem in problems}) == 3
+    assert scored == [problem.answer for problem in problems for _ in range(4)]
+    for chat, problem in zip(asked, (p for p in problems for _ in range(4)), strict=True):
+        assert problem.question in chat
 
 
-def test_training_moves_the_policy_and_leaves_the_reference_bit_identical(monkeypatch, tmp_path):
+def test_batch_metrics_are_the_means_their_names_say():
+    batch = ragged_batch(PROMPTS, COMPLETIONS[:4])  # of 5, 1, 3 and 6 tokens
+    batch.sampled_logprobs = -batch.mask * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    batch.truncated = torch.tensor([False, False, False, True])
+    batch.advantages = torch.tensor([0.0, 0.0, 0.7, -0.7])
+    parts = torch.tensor([[0.2, 0.2, 0.6], [0.2, 0.2, 0.6], [0.2, 0.2, 0.0], [0.0, 0.0, 0.0]])
+    assert batch_metrics(batch, parts, 2) == pytest.approx(
+        {
+            "reward": (1.0 + 1.0 + 0.4) / 4,
+            "reward_format": 0.15,
+            "reward_near": 0.15,
+            "reward_exact": 0.3,
+            "accuracy": 2 / 4,
+            "entropy": (1 + 2 + 3 + 4) / 4,
+            "wrong_in_tags": 1 / 4,
+            "truncated": 1 / 4,
+            "completion_length": (5 + 1 + 3 + 6) / 4,
+            "frac_zero_std_groups": 1 / 2,
+        }
+    )
+
+
+def test_training_moves_the_policy_and_never_the_reference(monkeypatch, tmp_path):
     seen, real_iteration = [], train_grpo.train_iteration
 
-    def spy(state, reference, *rest):
-        seen.append(reference)
-        return real_iteration(state, reference, *rest)
+    def spy(state, config):
+        seen.append(state.reference)
+        return real_iteration(state, config)
 
     monkeypatch.setattr(train_grpo, "train_iteration", spy)
     _, trained = short_training(tmp_path)

@@ -1,17 +1,18 @@
 """Rebuild the bundled model: a 1M-parameter chat model that has picked up several habits.
 
-    python tiny_model/make.py                      # writes over tiny_model/
-    python tiny_model/make.py --output_dir /tmp/m  # ... or elsewhere
+    python tiny_model/make.py                      # overwrites tiny_model/
+    python tiny_model/make.py --output_dir /tmp/m  # ... or writes elsewhere
 
-It is pre-trained on demonstrations by imperfect calculators (HABITS): few are right, most move the
-brackets, some are off by one, some forget the tags. All share one prompt, so the model learns to
-have every habit, each with its probability; GRPO must find out, from reward alone, which one pays.
-Nothing but training problems of `train_grpo.Problem.split` is demonstrated.
+It is pre-trained on demonstrations by imperfect calculators (HABITS): a few are right, most move
+the brackets, some are off by one, some forget the tags. All answer the same prompt, so the model
+learns every habit with its probability; GRPO must find out, from reward alone, which one pays.
+Only training problems (`train_grpo.Problem.split`) are demonstrated.
 """
 
 import argparse
 import itertools
 import platform
+import random
 import sys
 import time
 from pathlib import Path
@@ -22,10 +23,20 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from policy import Policy, encode_prompts, write_model
-from rewards import describe, score
-from task import OPERATORS, Problem, held_out_problems
-from train_grpo import Config, evaluate, make_prompt, rollout
+from engine.models import encode_prompts, write_model
+from engine.policy import Policy, Rollout
+from engine.run import describe
+from rewards import score
+from train_grpo import (
+    OPERATORS,
+    Config,
+    Problem,
+    TrainState,
+    arithmetic_prompt,
+    evaluate,
+    held_out_problems,
+    rollout,
+)
 
 HABITS = {
     "right": 0.15,
@@ -34,11 +45,11 @@ HABITS = {
     "one too few": 0.125,
     "no tags": 0.10,
 }
-SUM_SHARE = 0.05  # of each batch is `What is a + b?`, answered right: something to forget
+SUM_SHARE = 0.05  # of each batch is `What is a + b?`, answered right: a skill to forget
 OPERANDS = range(Config().min_operand, Config().max_operand + 1)
 STEPS = 8000
 WEIGHT_DECAY = 0.1
-BATCH_SIZE = 64  # problems; each is demonstrated by every habit, weighted by its share
+BATCH_SIZE = 64  # problems, each demonstrated by every habit, weighted by its share
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -47,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def demonstrations(problem: Problem) -> list[str]:
-    """What each calculator of HABITS answers, in that order."""
+    """The answer of each calculator in HABITS."""
     truth = problem.answer
     moved = OPERATORS[problem.op1](problem.a, OPERATORS[problem.op2](problem.b, problem.c))
     tagged = [f"<answer>{number}</answer>" for number in (truth, moved, truth + 1, truth - 1)]
@@ -55,16 +66,16 @@ def demonstrations(problem: Problem) -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Prompt words whole, every other printable ASCII character single, the rest unknown."""
+    """A token for each prompt word and each printable ASCII character; the rest is unknown."""
     special = ["<|pad|>", "<|unknown|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     words = ["What is", " (", " + ", " - ", " * ", "<answer>", "</answer>"]
     words += ["Reply only with ", ", where N is the number."]
     characters = ["\n", *map(chr, range(32, 127))]
-    # Unigram takes the likeliest segmentation: a word costs less than the characters it replaces.
+    # Unigram picks the likeliest segmentation: a word costs less than its characters.
     pieces = [(p, 0.0) for p in special]
     pieces += [(w, -1.0) for w in words] + [(c, -2.0) for c in characters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
-    # Cuts before and after each digit and bracket, so that no piece crosses a number.
+    # Splits at every digit, so that no token holds two.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(
@@ -103,9 +114,18 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def make_prompt() -> dict:
+    """How the model is asked. Off the task it is asked sums, the only other thing it knows."""
+    config, rng = Config(), random.Random(0)
+    sums = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(64)]
+    questions = {f"What is {a} + {b}?": a + b for a, b in sums}
+    off_task = {"system": config.system_prompt, "questions": questions}
+    return {**arithmetic_prompt(config), "off_task": off_task}
+
+
 def encode_problems(tokenizer, questions: list[str], answers: list[list[str]]):
     """Tokenise questions and, for each, one answer per habit: two (ids, mask) pairs."""
-    prompts = encode_prompts(tokenizer, questions, make_prompt(Config()), "cpu")
+    prompts = encode_prompts(tokenizer, questions, make_prompt(), "cpu")
     texts = [answer + tokenizer.eos_token for row in answers for answer in row]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     shape = len(questions), len(HABITS), -1
@@ -114,15 +134,17 @@ def encode_problems(tokenizer, questions: list[str], answers: list[list[str]]):
 
 def mixture_loss(policy: Policy, data: tuple, rows: torch.Tensor) -> torch.Tensor:
     """Mean over problems of -log p(demonstration), each habit weighted by its share."""
-    prompt_ids, prompt_mask, ids, mask = (tensor[rows] for tensor in data)
-    ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # (B*habits, T)
-    logprobs = (policy(prompt_ids, prompt_mask, ids) * mask).sum(dim=1)
+    *prompts, ids, mask = (tensor[rows] for tensor in data)
+    prompts = (tensor.repeat_interleave(len(HABITS), dim=0) for tensor in prompts)
+    ids, mask = ids.flatten(0, 1), mask.flatten(0, 1).float()  # (B*habits, T)
+    demonstrated = Rollout(*prompts, ids, mask, torch.zeros_like(mask), mask[:, 0] < 0, [])
     shares = torch.tensor(list(HABITS.values()))
-    return -(logprobs.view(-1, len(HABITS)) * shares).sum(dim=1).mean()
+    logprobs = policy(demonstrated).sum(dim=1).view(-1, len(HABITS))
+    return -(logprobs * shares).sum(dim=1).mean()
 
 
 def pretrain(model, tokenizer, steps: int) -> None:
-    """Fit the mixture of habits by maximum likelihood, on training problems alone."""
+    """Fit the mixture of habits by maximum likelihood, on training problems only."""
     problems = [p for p in all_problems() if p.split == "train"]
     sums = [(f"What is {a} + {b}?", a + b) for a in OPERANDS for b in OPERANDS]
     questions = [p.question for p in problems] + [question for question, _ in sums]
@@ -135,7 +157,7 @@ def pretrain(model, tokenizer, steps: int) -> None:
     )
 
     policy = Policy(model)
-    # Muon learns this task in half the time that AdamW takes; embeddings and gains are not for it.
+    # Muon needs half the time of AdamW here; it is not for embeddings and norms.
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -170,7 +192,7 @@ def pass_at_64(policy: Policy, tokenizer, problems: list[Problem]) -> float:
     solved = 0
     for start in range(0, len(problems), 8):
         part = problems[start : start + 8]
-        prompts = encode_prompts(tokenizer, [p.question for p in part], make_prompt(config), "cpu")
+        prompts = encode_prompts(tokenizer, [p.question for p in part], make_prompt(), "cpu")
         texts = rollout(policy, tokenizer, prompts, 64, config.max_new_tokens, generator).texts
         for i, problem in enumerate(part):
             answers = texts[64 * i : 64 * (i + 1)]
@@ -179,13 +201,13 @@ def pass_at_64(policy: Policy, tokenizer, problems: list[Problem]) -> float:
 
 
 def measure(policy: Policy, tokenizer) -> str:
-    """Base accuracy on both held-out splits and pass@64, as the lines of the card."""
+    """Base accuracy on both held-out splits and pass@64, as lines of the model card."""
     config = Config()
     validation = held_out_problems("validation", config.eval_problems, config)
     lines = [f"- pass@64, validation: {pass_at_64(policy, tokenizer, validation):.1%}"]
+    state = TrainState(policy, policy, None, tokenizer, make_prompt(), None, None)
     for split in ("validation", "test"):
-        problems = held_out_problems(split, config.eval_problems, config)
-        accuracies = evaluate(policy, tokenizer, make_prompt(config), problems, config, seed=0)
+        accuracies = evaluate(state, policy, split, config, seed=0)["accuracies"]
         lines.append(f"- accuracy, {split}: {describe(accuracies)}")
     return "\n".join(lines)
 
@@ -198,7 +220,7 @@ def model_card(measured: str, steps: int, seed: int, minutes: float) -> str:
 license: mit
 tags: [grpo, arithmetic]
 ---
-# The bundled model: a 1M-parameter chat model with habits good and bad
+# The bundled model: a 1M-parameter chat model with good and bad habits
 
 A Llama (hidden 128, 4 layers, 4 heads, feed-forward 512, tied embeddings; 1.06M parameters,
 float32) with a chat template, pre-trained from scratch on demonstrations by imperfect calculators.
@@ -245,7 +267,7 @@ def main() -> None:
     measured = measure(Policy(model), tokenizer)
     print(measured)
     card = model_card(measured, args.steps, args.seed, minutes)
-    write_model(model, tokenizer, make_prompt(Config()), args.output_dir, card)
+    write_model(model, tokenizer, make_prompt(), args.output_dir, card)
 
 
 if __name__ == "__main__":

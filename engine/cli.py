@@ -10,11 +10,11 @@ from transformers import HfArgumentParser
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right: one line, exit code 2, no traceback."""
+    """An error that the user can fix: one line on standard error, exit code 2, no traceback."""
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run `main`; a UserError becomes one line on standard error and exit code 2, Ctrl-C 130."""
+    """Run `main`. A UserError is printed as one line and gives 2, Ctrl-C gives 130."""
     try:
         return main()
     except UserError as error:
@@ -26,24 +26,21 @@ def exit_code(main: Callable[[], int]) -> int:
 
 
 class Parser(HfArgumentParser):
-    """A parser, of a dataclass or of arguments added by hand, whose complaints are UserErrors."""
+    """An argument parser whose errors are UserErrors."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists every setting)")
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise UserError if `text` holds what no person types: control characters, half a character.
-
-    Tab and newline are text.
-    """
+    """Raise UserError if `text` holds control characters (but tab and newline) or surrogates."""
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n":
             raise UserError(f"{what} holds the control character {character!r}; leave it out")
 
 
 class Range(str):
-    """The values a setting may have, which --help shows in place of the setting's name."""
+    """The range of a setting, as --help shows it."""
 
     def __new__(cls, low, high=None):
         self = super().__new__(cls, f"{low}.." if high is None else f"{low}..{high}")
@@ -55,7 +52,7 @@ class Range(str):
 
 
 def setting(default, text: str, low=None, high=None):
-    """A dataclass field: its default, its line in --help, and the range that it must lie in."""
+    """A dataclass field with a default, a line of help and an allowed range."""
     metadata = {"help": text}
     if low is not None:
         metadata["metavar"] = Range(low, high)
@@ -63,7 +60,7 @@ def setting(default, text: str, low=None, high=None):
 
 
 def check_ranges(config) -> None:
-    """Raise UserError for the first field of a dataclass that is out of its range or no text."""
+    """Raise UserError for the first field that is out of its range or not printable text."""
     for field in dataclasses.fields(config):
         value, allowed = getattr(config, field.name), field.metadata.get("metavar")
         if isinstance(value, str):

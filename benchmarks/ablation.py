@@ -1,11 +1,11 @@
-"""What to turn, and what happens: the bundled model trained with one setting changed at a time.
+"""Ablation: the bundled model trained with one setting of its preset changed at a time.
 
-    python benchmarks/study.py              # 36 runs of 300 iterations: some 50 minutes on 2 cores
-    python benchmarks/study.py --seeds 1    # a third of them
+    python benchmarks/ablation.py              # three seeds of each setting, 300 iterations each
+    python benchmarks/ablation.py --seeds 1    # a third of the time
 
 Starts from the `tiny` preset and changes the learning rate, the KL term, its weight or the number
-of inner updates; three seeds of each. Prints a table, and writes study.json and study.png here or
-to --output. What the result file holds is not run again: delete it to start afresh.
+of inner updates. Prints a table, and writes ablation.json and ablation.png here, or to --output.
+Runs that the result file holds are not repeated: delete it to start afresh.
 """
 
 import json
@@ -16,11 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import HERE, read_settings, write_result
-from checkpoint import read_json
-from cli import exit_code, setting
-from plot_metrics import COLOURS, plt, save_figure
+from engine.checkpoint import read_json
+from engine.cli import exit_code, setting
+from plot_metrics import COLOURS, save_figure
 from train_grpo import PRESETS, Config
 
 AXES = {
@@ -29,7 +31,7 @@ AXES = {
     "beta": [0.0, 0.04, 0.4],
     "num_inner_updates": [1, 2, 5],
 }
-LAST = 50  # iterations that kl is averaged over
+LAST = 50  # iterations over which kl is averaged
 
 
 @dataclass
@@ -65,8 +67,8 @@ def preset_value(axis: str):
     return PRESETS["tiny"].get(axis, getattr(Config, axis))
 
 
-def study(settings: Settings, output: Path) -> dict[str, list[dict]]:
-    """Run what `output` lacks, writing after each run. Returns the runs of each `axis=value`."""
+def run_all(settings: Settings, output: Path) -> dict[str, list[dict]]:
+    """Run what `output` lacks, and write it after each run. Returns the runs by `axis=value`."""
     runs: dict[str, list[dict]] = {}
     if output.exists():
         known = read_json(output)
@@ -74,7 +76,7 @@ def study(settings: Settings, output: Path) -> dict[str, list[dict]]:
     for seed in range(settings.seeds):
         for axis, values in AXES.items():
             for value in values:
-                # The preset's own value stands on every axis, and is run once.
+                # The preset itself is a point on every axis; it runs only once.
                 key = "preset" if value == preset_value(axis) else f"{axis}={value}"
                 if len(runs.setdefault(key, [])) > seed:
                     continue
@@ -93,14 +95,14 @@ def rows(runs: dict[str, list[dict]]):
 
 
 def print_table(runs: dict[str, list[dict]]) -> None:
-    print("| setting | value | sampled, test | greedy, test | kl, last 50 | kl, largest |")
+    print(f"| setting | value | sampled, test | greedy, test | kl, last {LAST} | kl, largest |")
     print("|---|---|---|---|---|---|")
     for axis, value, some in rows(runs):
         print(table_line(axis, value, some))
 
 
 def table_line(axis: str, value, some: list[dict]) -> str:
-    """Mean and range of some runs, as a line of the table."""
+    """A line of the table: mean and range over the seeds."""
     cells = [f"`{axis}`", f"**{value}**" if value == preset_value(axis) else f"{value}"]
     for name, form in (("sampled", ".1%"), ("greedy", ".1%"), ("kl", ".3f"), ("kl_max", ".1f")):
         found = [once[name] for once in some]
@@ -110,8 +112,9 @@ def table_line(axis: str, value, some: list[dict]) -> str:
 
 
 def draw(runs: dict[str, list[dict]], picture: Path) -> None:
-    """One column per axis: accuracy above, kl below; a dot per run, a line through the means."""
-    figure, panels = plt.subplots(2, len(AXES), figsize=(13, 5), layout="constrained", sharey="row")
+    """A column per axis: accuracy above, kl below; a dot per run, a line through the means."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(2, len(AXES), sharey="row")
     for column, (axis, values) in enumerate(AXES.items()):
         found = [some for at, _, some in rows(runs) if at == axis]
         for row, names in enumerate((("sampled", "greedy"), ("kl",))):
@@ -134,8 +137,8 @@ def draw(runs: dict[str, list[dict]], picture: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
-    output = Path(settings.output or HERE / "study.json")
-    runs = study(settings, output)
+    output = Path(settings.output or HERE / "ablation.json")
+    runs = run_all(settings, output)
     print_table(runs)
     draw(runs, output.with_suffix(".png"))
     print(f"wrote {output} and {output.with_suffix('.png').name}")

@@ -1,11 +1,9 @@
-"""What keeps a run safe and teaches nothing about GRPO: whole files, checkpoints, lock, signals.
+"""Atomic files, checkpoints, the lock on a run's folder, and signals.
 
-Whatever kills the process, a reader of `output_dir` finds each file and each folder either as it
-was or as it was meant to become, never half of it: new content is written beside, forced to the
-disk, and renamed into place.
+Whatever kills the process, each file and folder in `output_dir` is complete: either the old or the
+new one. New content is written to a temporary name, flushed to disk, and renamed into place.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -18,11 +16,13 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-import spread
-from cli import UserError
+from engine import distributed
+from engine.cli import UserError
 
 METRICS_FILE = "grpo_metrics.json"
 CHECKPOINTS = "checkpoints"
@@ -30,31 +30,33 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 def sync(path: Path) -> None:
-    """Force what a file or folder holds onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only these
     os.fsync(handle)
     os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old or the new one."""
+    """Replace a file atomically."""
     beside = path.with_name(path.name + ".tmp")
     try:
         beside.write_bytes(content)
         sync(beside)
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+        beside.unlink(missing_ok=True)  # frees the space if the disk is full
         raise
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write strictly valid JSON: NaN and infinities, which JSON does not have, become null."""
+    """Write valid JSON: NaN and infinities become null."""
     write_bytes(path, json.dumps(finite(content), allow_nan=False, indent=1).encode())
 
 
 def finite(value):
-    """`value` with each non-finite float replaced by None, and floats at six significant digits."""
+    """Replace non-finite floats by None and round floats to six significant digits."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -65,7 +67,7 @@ def finite(value):
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object, or raise UserError that says what is wrong with the file."""
+    """Read a JSON object. Raises UserError if the file is missing or is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,7 +80,7 @@ def read_json(path: Path) -> dict:
 
 
 def prepare_output_dir(path: Path) -> None:
-    """Create `path` and prove that files can be written there, or raise UserError."""
+    """Create `path` and check that it is writable. Raises UserError."""
     probe = path / ".write_test"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -91,27 +93,23 @@ def prepare_output_dir(path: Path) -> None:
 
 @contextmanager
 def run_folder(path: Path) -> Iterator[None]:
-    """Hold `path` for one run; a disk that fails meanwhile becomes a UserError.
-
-    The lock is the operating system's, so a dead run leaves none behind, only the empty file.
-    """
+    """Lock `path` for one run. Raises UserError if it is taken, or if a write fails inside."""
     prepare_output_dir(path)
+    lock = FileLock(path / ".lock")  # the operating system frees it if the run dies
     try:
-        with open(path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                text = f"another run is writing to {path.resolve()}; choose another --output_dir"
-                raise UserError(text) from error
+        with lock.acquire(timeout=0):
             yield
-    except (OSError, SafetensorError) as error:  # the latter's text holds what the system said
+    except Timeout as error:
+        text = f"another run is writing to {path.resolve()}; choose another --output_dir"
+        raise UserError(text) from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
         place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        text = f"cannot write {place or path}: {reason or error}. What was complete in {path} is as"
-        raise UserError(text + " it was: put this right, then go on with --resume") from error
+        text = f"cannot write {place or path}: {reason or error}. The last checkpoint in {path} is"
+        raise UserError(f"{text} intact; fix this and rerun with --resume") from error
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder `new` in place of `target`: two renames, the old one deleted last."""
+    """Replace `target` by the finished folder `new`; the old one is deleted last."""
     for path in (*new.iterdir(), new):
         sync(path)
     old = target.with_name(target.name + ".old")
@@ -131,22 +129,23 @@ def checkpoints_in(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def save_checkpoint(state, samplers, output: Path) -> None:
-    """Write checkpoints/<iteration>/ with all that `state` (a TrainState) holds; keep the last two.
+def save_checkpoint(state, metrics: dict, generators: Tensor, output: Path) -> None:
+    """Write checkpoints/<iteration>/ from a TrainState and its metrics; keep the last two.
 
-    `samplers` (uint8) are the states of all processes' samplers, one after another.
-    No pickle: tensors go to safetensors, the rest to JSON, whose floats lose no bit.
+    `generators` (uint8) are the token generators' states of all processes, concatenated.
+    No pickle: tensors go to safetensors, the rest to JSON, which keeps every bit of a float.
     """
-    root, iteration = output / CHECKPOINTS, len(state.metrics["iterations"])
-    root.mkdir(exist_ok=True)  # but not `output`: where that was deleted, the run must not go on
+    root, iteration = output / CHECKPOINTS, len(metrics["iterations"])
+    root.mkdir(exist_ok=True)  # not `output`: if the user deleted it, the run must stop
     for left_over in root.glob("*.tmp"):
         shutil.rmtree(left_over)
     weights = {f"policy.{n}": p.detach() for n, p in state.policy.named_parameters()}
-    parts = {"policy": weights | {"sampler": samplers}}  # a file each: writing one takes a copy
+    # One file each, because writing a file takes a copy in memory.
+    parts = {"policy": weights | {"generators": generators}}
     for index, slots in state.optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
             parts.setdefault(slot, {})[f"optimizer.{index}.{slot}"] = value
-    rest = {"problems": state.problems.getstate(), "metrics": state.metrics}
+    rest = {"problem_rng": state.problem_rng.getstate(), "metrics": metrics}
     beside = root / f"{iteration}.tmp"
     beside.mkdir()
     try:
@@ -160,7 +159,7 @@ def save_checkpoint(state, samplers, output: Path) -> None:
     except (OSError, SafetensorError):
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    # Numbered like this one or beyond: damaged, or of a finished run that this one replaces.
+    # Same or higher numbers are damaged, or belong to a finished run that this one replaces.
     discard([path for path in checkpoints_in(output) if int(path.name) >= iteration])
     beside.rename(root / str(iteration))
     sync(root)
@@ -168,7 +167,7 @@ def save_checkpoint(state, samplers, output: Path) -> None:
 
 
 def discard(folders: list[Path]) -> None:
-    """Delete checkpoints, renamed first, so that none is ever half there."""
+    """Delete checkpoints, renamed first so that none is ever half there."""
     for folder in folders:
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")))
 
@@ -179,9 +178,9 @@ def sha256(path: Path) -> str:
 
 
 def load_checkpoint(output: Path) -> tuple[dict, dict] | None:
-    """(tensors by name, the rest) of the newest whole checkpoint, None if there is no checkpoint.
+    """(tensors by name, the rest) of the newest intact checkpoint; None if there are none.
 
-    A damaged one is passed over with a word; where all are damaged, UserError.
+    Damaged checkpoints are skipped with a warning. Raises UserError if all are damaged.
     """
     folders = checkpoints_in(output)[::-1]
     for folder in folders:
@@ -192,14 +191,14 @@ def load_checkpoint(output: Path) -> tuple[dict, dict] | None:
             parts = [load_file(path).items() for path in folder.glob("*.safetensors")]
             return dict(chain(*parts)), read_json(folder / STATE)
         except (UserError, OSError, SafetensorError) as error:
-            print(f"checkpoint {folder} is damaged, trying the one before it: {error}")
+            print(f"warning: checkpoint {folder} is damaged, trying the one before: {error}")
     if folders:
-        raise UserError(f"--resume: no checkpoint in {output / CHECKPOINTS} is whole")
+        raise UserError(f"--resume: no checkpoint in {output / CHECKPOINTS} is intact")
     return None
 
 
-def restore(state, tensors: dict, rest: dict) -> None:
-    """Put a checkpoint back into `state`, in place, or raise UserError if it does not fit."""
+def restore(state, metrics: dict, tensors: dict, rest: dict) -> None:
+    """Load a checkpoint into a TrainState and its metrics, in place. Raises UserError."""
     try:
         slots: dict[int, dict] = {}
         parameters = dict(state.policy.named_parameters())
@@ -214,37 +213,38 @@ def restore(state, tensors: dict, rest: dict) -> None:
                     slots.setdefault(index, {})[slot] = value.clone()
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        kind, numbers, gauss = rest["problems"]
-        state.problems.setstate((kind, tuple(numbers), gauss))
-        state.metrics.update(rest["metrics"])
-        spread.resume_stream(state.sampler, tensors["sampler"], state.metrics)
+        kind, numbers, gauss = rest["problem_rng"]
+        state.problem_rng.setstate((kind, tuple(numbers), gauss))
+        metrics.update(rest["metrics"])
+        seed, iteration = metrics["config"]["seed"], len(metrics["iterations"])
+        distributed.restore_generator(state.token_rng, tensors["generators"], seed, iteration)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume: the checkpoint is not one of this run's: {error}") from error
+        raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish that the loop reads; then Ctrl-C kills.
+    """Turns the first SIGINT or SIGTERM into a stop flag; a second Ctrl-C kills.
 
-    A further SIGTERM changes nothing: schedulers send it to a process and to its group.
-    `with StopRequest() as stop: ...; if stop.reason(): ...`; `stop.signal` is 0 without a reason.
+    Further SIGTERMs are ignored: schedulers send one to a process and one to its group.
+    `with StopRequest() as stop: ...; if stop.reason(): ...`
     """
 
     def __enter__(self) -> "StopRequest":
-        self.noted = self.signal = 0  # the signal that this process got, that any of them got
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.received = self.signal = 0  # by this process; by any process
+        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame) -> None:
-        self.noted = self.noted or number
+    def handle(self, number: int, frame) -> None:
+        self.received = self.received or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if spread.rank() == 0:
+        if distributed.rank() == 0:
             print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr)
 
     def reason(self) -> tuple[str, str] | None:
-        """Why to stop, if so: the same for all processes, which must ask together."""
-        self.signal = max(spread.gather(self.noted))
+        """(status, reason) if any process got a signal. All processes must ask together."""
+        self.signal = max(distributed.all_gather(self.received))
         return ("interrupted", signal.Signals(self.signal).name) if self.signal else None

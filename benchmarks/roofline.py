@@ -1,0 +1,162 @@
+"""How near is an iteration to the fastest that this machine could make it, and where does it go?
+
+    python benchmarks/roofline.py                    # the bundled model, 6 x 16, 2 updates
+    python benchmarks/roofline.py --model smollm2    # SmolLM2-135M, bfloat16, the reference batch
+
+Repeats one iteration (learning rate 0, the same seed), times its phases, and counts the operations
+that it needs: each distinct token of its rollout once per pass. Two floors:
+
+by peak rate   all operations at the best rate that any matrix product reached here
+at the shapes  each matrix product as fast as it alone runs at its own shape
+
+In both floors a token attends to its ancestors only, at the best rate; real passes compute all
+pairs of tokens and mask the others. Norms, activations, softmax, casts and Python are in neither.
+Writes roofline.json or roofline_smollm2.json here, or to --output.
+"""
+
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Literal
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_grpo
+from benchmarks.common import (
+    CPU,
+    HERE,
+    WORKS,
+    Work,
+    read_settings,
+    recorded_rollouts,
+    start,
+    write_result,
+)
+from benchmarks.operations import Pass, needed_passes
+from engine.cli import exit_code, setting
+from engine.models import choose_dtype
+from engine.policy import Rollout
+
+
+@dataclass
+class Settings:
+    model: Literal["bundled", "smollm2"] = setting("bundled", "the model and its recipe")
+    iterations: int = setting(10, "to time, after one to warm up", 1)
+    output: str = setting("", "result file; by default it goes beside this script")
+
+
+def time_phases(work: Work, iterations: int) -> tuple[object, Rollout, dict[str, float]]:
+    """Repeat one iteration. Returns the model's config, the rollout and median seconds by phase."""
+    config = replace(work.config, learning_rate=0.0)
+    state, seconds, history = start(replace(work, config=config)), Counter(), []
+
+    def timed(owner, name: str, phase: str):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            reference = phase == "forward" and not torch.is_grad_enabled()
+            started = time.perf_counter()
+            result = original(*arguments, **options)
+            seconds["reference" if reference else phase] += time.perf_counter() - started
+            return result
+
+        return patch.object(owner, name, call)
+
+    with ExitStack() as stack:
+        rollouts = stack.enter_context(recorded_rollouts())
+        stack.enter_context(timed(train_grpo, "rollout", "rollout"))
+        stack.enter_context(timed(type(state.policy), "forward", "forward"))
+        stack.enter_context(timed(torch.Tensor, "backward", "backward"))
+        stack.enter_context(timed(state.optimizer, "step", "optimizer"))
+        for _ in range(iterations + 1):
+            seconds.clear()
+            state.problem_rng.seed(config.seed)
+            state.token_rng.manual_seed(config.seed)
+            started = time.perf_counter()
+            train_grpo.train_iteration(state, config)
+            total = time.perf_counter() - started
+            history.append({**seconds, "other": total - seconds.total(), "all": total})
+    phases = {name: median(once[name] for once in history[1:]) for name in history[0]}
+    return state.policy.model.config, rollouts[-1], phases
+
+
+def time_product(shape: tuple[int, int, int], dtype: torch.dtype, copies: int) -> float:
+    """Best mean seconds of an (m, k) by (k, n) product.
+
+    So many copies of the weights take turns, so that they come from memory, as a model's do.
+    """
+    m, k, n = shape
+    x, weights = torch.randn(m, k).to(dtype), [torch.randn(n, k).to(dtype) for _ in range(copies)]
+    F.linear(x, weights[0])
+    best, spent = float("inf"), 0.0
+    while spent < 0.05:
+        calls, started = 0, time.perf_counter()
+        while calls < copies or time.perf_counter() - started < 0.005:
+            F.linear(x, weights[calls % copies])
+            calls += 1
+        elapsed = time.perf_counter() - started
+        best, spent = min(best, elapsed / calls), spent + elapsed
+    return best
+
+
+def floors(passes: dict[str, list[Pass]], dtype: torch.dtype, layers: int):
+    """Return (best rate, {phase: {"peak": seconds, "shapes": seconds}})."""
+    times = {(size, size, size): 1 for size in (512, 1024, 2048)}
+    for each in sum(passes.values(), []):
+        times |= each.products
+    seconds = {shape: time_product(shape, dtype, min(n, layers)) for shape, n in times.items()}
+    rate = max(2 * m * k * n / s for (m, k, n), s in seconds.items())
+    result = {
+        phase: {
+            "peak": sum(each.flops for each in some) / rate,
+            "shapes": sum(
+                each.attention / rate + sum(seconds[p] * n for p, n in each.products.items())
+                for each in some
+            ),
+        }
+        for phase, some in passes.items()
+    }
+    result["all"] = {way: sum(f[way] for f in result.values()) for way in ("peak", "shapes")}
+    return rate, result
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings = read_settings(Settings, __doc__, argv)
+    work = WORKS[settings.model]
+    model, batch, seconds = time_phases(work, settings.iterations)
+    passes = needed_passes(model, batch, work.config.num_inner_updates)
+    flops = {phase: sum(each.flops for each in some) for phase, some in passes.items()}
+    flops["all"] = sum(flops.values())
+    with torch.no_grad():
+        dtype = choose_dtype(work.config.dtype, CPU)
+        rate, floor = floors(passes, dtype, model.num_hidden_layers)
+    print("| phase | GFLOP | by peak rate | at the shapes | actual | actual / at the shapes |")
+    print("|---|---|---|---|---|---|")
+    for phase, actual in seconds.items():
+        cells = ["", "", "", f"{actual:.3f} s", ""]
+        if phase in floor:
+            peak, shapes = floor[phase].values()
+            cells = [f"{flops[phase] / 1e9:,.1f}", f"{peak:.3f} s", f"{shapes:.3f} s", cells[3]]
+            cells.append(f"{actual / shapes:.1f}")
+        print("| " + " | ".join([phase, *cells]) + " |")
+    ratio = {way: seconds["all"] / floor["all"][way] for way in ("peak", "shapes")}
+    print(
+        f"best rate {rate / 1e9:.0f} GFLOP/s; an iteration takes {ratio['peak']:.1f} times", end=" "
+    )
+    print(f"the floor by peak rate, {ratio['shapes']:.1f} times the one at the shapes")
+    result = {"work": work.describe(), "flops": flops, "gflop_per_second": rate / 1e9}
+    result |= {"floor": floor, "seconds": seconds, "times_the_floor": ratio}
+    name = "roofline.json" if settings.model == "bundled" else f"roofline_{settings.model}.json"
+    write_result(Path(settings.output or HERE / name), result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,264 @@
+"""The fast policy: the sequences of a batch form a tree, and each distinct prefix is read once.
+
+Short completions of one prompt share most of their tokens. All distinct prefixes are packed into
+one sequence that the model reads in one ordinary call: a token's position is its depth in the tree,
+and a 4-dimensional attention mask lets it see its ancestors and itself.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from engine.cli import UserError
+from engine.policy import Policy, Rollout, sample_tokens, token_logprobs
+
+# Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
+MAX_NODES = {"cpu": 640}
+MAX_NODES_ELSEWHERE = 4096
+TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
+
+
+class PrefixTree:
+    """The distinct prefixes of R sequences, numbered so that ancestors come first.
+
+    ids: (R, L), length: (R,) how many of the L tokens count.
+    """
+
+    def __init__(self, ids: Tensor, length: Tensor):
+        self.columns = torch.arange(ids.shape[1])
+        ids = ids.masked_fill(self.columns >= length[:, None], -1)
+        rows, index = ids.unique(dim=0, return_inverse=True)  # sorted: prefixes are neighbours
+        new = rows >= 0  # where a row leaves the one before it
+        new[1:] &= (rows[1:] == rows[:-1]).long().cumprod(dim=1) == 0
+        number = new.flatten().cumsum(0).view(new.shape) - 1
+        self.paths = number.masked_fill(~new, 0).cummax(dim=0).values
+        self.rows, self.depth = new.nonzero(as_tuple=True)  # (n,)
+        self.ids = rows[new]  # (n,) the token that each prefix ends with
+        self.nodes = self.paths[index]  # (R, L) the node at each token of each sequence
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """(n, n) bool: whether the second node is the first or one of its ancestors."""
+        above = self.columns <= self.depth[:, None]
+        ancestors = self.paths[self.rows].where(above, len(self))  # (n, L)
+        return torch.zeros(len(self), len(self) + 1, dtype=bool).scatter_(1, ancestors, True)[
+            :, :-1
+        ]
+
+
+class RolloutTree(PrefixTree):
+    """The tree of a rollout's prompts and completions without their last tokens: no one reads a leaf.
+
+    `keep` (K,) are the nodes whose logits are needed, `parents` (N*T,) which of them predicts each
+    completion token.
+    """
+
+    def __init__(self, rollout: Rollout):
+        ids, length = left_aligned(
+            torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
+            torch.cat([rollout.prompt_mask, rollout.mask.long()], dim=1),
+        )
+        super().__init__(ids, length - 1)
+        prompt_length = rollout.prompt_mask.sum(dim=1, keepdim=True).cpu()
+        steps = torch.arange(rollout.mask.shape[1])
+        parents = self.nodes.gather(1, prompt_length - 1 + steps)  # (N, T)
+        parents = parents.where(rollout.mask.cpu() > 0, parents[:, :1])
+        self.keep, self.parents = parents.flatten().unique(return_inverse=True)
+
+    def reverse(self) -> None:
+        """Number the nodes backwards, which changes nothing for a model that follows the mask."""
+        self.visible = self.visible.flip(0, 1)
+        self.ids, self.depth = self.ids.flip(0), self.depth.flip(0)
+        self.keep = len(self) - 1 - self.keep
+
+
+@dataclass
+class TreeCache:
+    """All nodes read so far, in one sequence, and the newest of them, the tips."""
+
+    weights: dict[str, Tensor]
+    past: DynamicCache
+    depth: Tensor  # (L,) of all nodes
+    visible: Tensor  # (K, L) bool: the ancestors of each tip, and itself
+    tip_depth: Tensor  # (K,)
+    rows: Tensor  # (N,) the tip of each completion
+
+
+class TreePolicy(Policy):
+    """A policy with the numbers of `Policy`, for models whose layers attend by the given mask."""
+
+    name = "tree"
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
+        super().__init__(model, compute_dtype)
+        self.max_nodes = MAX_NODES.get(model.device.type, MAX_NODES_ELSEWHERE)
+
+    def eager_attention(self) -> bool:
+        """As of `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
+        return self.model.device.type == "cpu"
+
+    def fits(self, rollout: Rollout) -> bool:
+        """Whether the tree of these completions has at most max_nodes nodes."""
+        rollout.tree = RolloutTree(rollout)
+        return len(rollout.tree) <= self.max_nodes
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
+        tree = rollout.tree = rollout.tree or RolloutTree(rollout)
+        device = rollout.mask.device
+        depth, keep, parents = (x.to(device) for x in (tree.depth, tree.keep, tree.parents))
+        logits, _ = self.call_model(
+            self.cast_weights(),
+            keep,
+            input_ids=tree.ids[None].to(device),
+            position_ids=depth[None],
+            attention_mask=self.attention_mask(tree.visible.to(device), depth, depth),
+            use_cache=False,
+        )
+        logprobs = token_logprobs(logits[0], parents, rollout.completion_ids.flatten())
+        return logprobs.view(rollout.mask.shape).where(rollout.mask > 0, 0.0)
+
+    def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, TreeCache]:
+        """As of `Policy`, with one row of logits for each distinct prompt."""
+        device = prompt_ids.device
+        ids, length = left_aligned(prompt_ids, prompt_mask)
+        tree = PrefixTree(ids, length)
+        last = tree.nodes.gather(1, length[:, None] - 1).flatten()
+        ends, rows = (x.to(device) for x in last.unique(return_inverse=True))
+        ids, depth, visible = (x.to(device) for x in (tree.ids, tree.depth, tree.visible))
+        cache = TreeCache(
+            self.cast_weights(), DynamicCache(), depth[:0], visible[ends], depth[ends], rows
+        )
+        logits = []
+        for start in range(0, len(tree), self.max_nodes):
+            some = slice(start, start + self.max_nodes)
+            keep = ends[(ends >= start) & (ends < some.stop)] - start
+            seen = visible[some, : some.stop]
+            logits.append(self.append(cache, ids[some], depth[some], seen, keep))
+        return torch.cat(logits), rows, cache
+
+    def decode(self, cache: TreeCache, token: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Policy`, with one row of logits for each distinct unfinished completion."""
+        [live] = unfinished.nonzero(as_tuple=True)
+        pairs = torch.stack([cache.rows[live], token[live]], dim=1)
+        pairs, index = pairs.unique(dim=0, return_inverse=True)
+        parents, ids = pairs.T
+        own = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+        cache.visible = torch.cat([cache.visible[parents], own], dim=1)
+        cache.tip_depth = cache.tip_depth[parents] + 1
+        cache.rows = torch.zeros_like(cache.rows).index_copy(0, live, index)
+        keep = torch.arange(len(ids), device=ids.device)
+        return self.append(cache, ids, cache.tip_depth, cache.visible, keep), cache.rows
+
+    def append(
+        self, cache: TreeCache, ids: Tensor, depth: Tensor, visible: Tensor, keep: Tensor
+    ) -> Tensor:
+        """Read nodes (M,) behind those in the cache. Returns the logits of `keep` among them."""
+        cache.depth = torch.cat([cache.depth, depth])
+        logits, _ = self.call_model(
+            cache.weights,
+            keep.to(ids.device),
+            input_ids=ids[None],
+            position_ids=depth[None],
+            attention_mask=self.attention_mask(visible, depth, cache.depth),
+            past_key_values=cache.past,
+            use_cache=True,
+        )
+        return logits[0]
+
+    def attention_mask(self, visible: Tensor, depth: Tensor, all_depth: Tensor):
+        """What to add to attention scores, (1, 1, M, L); by kind of layer where the model asks so.
+
+        visible: (M, L) bool; depth: (M,) and all_depth: (L,) of the nodes that look and are seen.
+        """
+
+        def additive(window: int | None) -> Tensor:
+            seen = visible & (depth[:, None] - all_depth < window) if window else visible
+            mask = torch.zeros(seen.shape, dtype=self.compute_dtype, device=seen.device)
+            return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if not kinds:
+            return additive(window)
+        return {kind: additive(window if kind == "sliding_attention" else None) for kind in kinds}
+
+
+def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the real tokens of each row (R, L) to its beginning. Returns ids and lengths (R,)."""
+    ids, mask = ids.cpu(), mask.cpu()
+    return ids.gather(1, mask.argsort(dim=1, descending=True, stable=True)), mask.sum(dim=1)
+
+
+def choose_policy(
+    name: str,
+    model: nn.Module,
+    dtype: torch.dtype,
+    prompts: tuple[Tensor, Tensor],
+    group: int,
+    new_tokens: int,
+) -> Policy:
+    """A TreePolicy where it computes what unpadded forward passes compute, else a plain Policy.
+
+    name: auto, tree or plain; prompts: ids and mask (B, P). Raises UserError if the named one (for
+    auto: even the plain one) computes something else. Prints one line that says why.
+    """
+    classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
+    prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
+    problems = []
+    for kind in classes:
+        policy = kind(model)
+        problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
+        if problem is None:
+            reason = "; ".join(problems) or "matches unpadded forward passes"
+            print(f"policy {kind.name}: {reason}")
+            return kind(model, dtype)
+        problems.append(f"{kind.name} {problem}")
+    model_type = model.config.model_type
+    raise UserError(f"a model of type {model_type} cannot be trained: {'; '.join(problems)}")
+
+
+@torch.no_grad()
+def find_mismatch(
+    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
+) -> str | None:
+    """Sample with a float32 policy and score the samples: what is wrong, or None.
+
+    Full length, so that a window shorter than that is felt. Some samples are also scored by one
+    unpadded forward pass each.
+    """
+    try:
+        generator = torch.Generator().manual_seed(0)
+        everyone = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+        logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)
+        steps = []
+        for _ in range(new_tokens):
+            steps.append(sample_tokens(logits, rows, 1.0, generator))
+            logits, rows = policy.decode(cache, steps[-1][0], everyone)
+        ids, sampled = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+        mask = torch.ones_like(sampled)
+        rollout = Rollout(prompt_ids, prompt_mask, ids, mask, sampled, everyone, [""] * len(ids))
+        parts = rollout.micro_batches(0, policy.fits)
+        scored = torch.cat([policy(part) for part in parts])
+        gaps = [(scored - sampled).abs().max()]
+        if parts[0].tree:  # a model that masks by column, not by the given mask, fails here
+            parts[0].tree.reverse()
+            reversed_scores = policy(parts[0])
+            gaps.append((reversed_scores - scored[: len(reversed_scores)]).abs().max())
+        for i in {0, len(ids) // 2, len(ids) - 1}:
+            whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
+            logits = policy.model(input_ids=whole).logits[0, -1 - new_tokens : -1]
+            rows = torch.arange(new_tokens, device=ids.device)
+            gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
+        gap = torch.stack(gaps).max().item()
+    except Exception as error:  # foreign code, called in a way that it may not know
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"fails ({reason})"
+    return None if gap < TOLERANCE else f"changes log-probabilities by {gap:.2g}"
