@@ -7,8 +7,7 @@
 
 GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network. It samples a group of G
 completions for each of B problems and scores them; the advantage of a completion is how far its
-reward lies above the mean of its group. This file follows the data: settings, task, rollout,
-rewards, advantages, loss, update, evaluation, loop.
+reward lies above the mean of its group. This file follows the data, from settings to loop.
 
 Where it departs from the paper:
 1. The reference stays frozen for the whole run; the paper renews it between rounds.
@@ -32,33 +31,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from engine import distributed, models
 from engine.checkpoint import StopRequest, run_folder
 from engine.cli import Parser, UserError, check_ranges, exit_code, setting
-from engine.distributed import (
-    all_gather,
-    all_reduce_mean,
-    broadcast_object,
-    process_group,
-    rank,
-    rank_seed,
-    rank_zero_only,
-    shard,
-    sync_errors,
-    sync_on_last,
-    world_size,
-    wrap_ddp,
-)
-from engine.models import (
-    check_length,
-    choose_device,
-    choose_dtype,
-    choose_preset,
-    encode_prompts,
-    eos_token_ids,
-    keep_freed_memory,
-    load_model,
-    make_prompt,
-)
 from engine.policy import Policy, Rollout, frozen_copy, sample_tokens
 from engine.run import RunLogger, accuracy_summary, already_finished
 from engine.tree import choose_policy
@@ -105,9 +80,7 @@ class Config:
     # Evaluating, saving, stopping
     eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
-    checkpoint_every: int = setting(
-        0, "iterations between checkpoints; 0: 25 or 2 minutes, whichever is longer", 0
-    )
+    checkpoint_every: int = setting(0, "iterations per checkpoint; 0: 25 or 2 min, the longer", 0)
     patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
     max_kl: float = setting(
         0, "stop when mean kl of the last 50 iterations exceeds it; 0: never", 0
@@ -116,8 +89,8 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "reference": {},
-    # Zero-shot it never writes the tags, so nothing is rewarded; three worked examples fix that.
-    # Few answers are right at first, so batches are large. bfloat16 halves the time on a CPU.
+    # Zero-shot it never writes the tags and earns nothing; three worked examples fix that. Few
+    # answers are right at first, so batches are large. bfloat16 halves the time on a CPU.
     "smollm2": {
         "model_name": "models/SmolLM2-135M-Instruct",
         "num_examples": 3,
@@ -146,15 +119,15 @@ def parse_config(argv: list[str]) -> Config:
     parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
-        preset, reason = choose_preset(PRESETS, Config.model_name)
+        preset, reason = models.choose_preset(PRESETS, Config.model_name)
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_ranges(config)
-    batch, group = config.batch_size, config.num_generations
+    batch, group, processes = config.batch_size, config.num_generations, distributed.world_size()
     if batch * group > 65536:
         raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
-    if batch % world_size():
-        raise UserError(f"--batch_size {batch}: must be a multiple of {world_size()} (processes)")
+    if batch % processes:
+        raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
     if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
         low, high = config.min_operand, config.max_operand
         raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
@@ -225,9 +198,10 @@ def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
 
 def arithmetic_prompt(config: Config) -> dict:
     """How the model is asked: system line and worked examples."""
-    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in EXAMPLES]
-    examples = examples[: config.num_examples]
-    return make_prompt(config.model_name, config.system_prompt, examples, config.max_new_tokens)
+    worked = EXAMPLES[: config.num_examples]
+    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in worked]
+    name, system = config.model_name, config.system_prompt
+    return models.make_prompt(name, system, examples, config.max_new_tokens)
 
 
 @torch.no_grad()
@@ -245,7 +219,7 @@ def rollout(
     A completion ends with an end-of-sequence token or after max_new_tokens.
     """
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
-    eos_ids = torch.tensor(eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
+    eos_ids = torch.tensor(models.eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
     unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)  # (B*G,)
     logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)  # (K, V), (B*G,)
     steps = []  # T times (token, mask, logprob), (B*G,) each
@@ -357,7 +331,7 @@ def update_policy(
     for _ in range(config.num_inner_updates):
         optimizer.zero_grad()
         update = Counter()
-        for some in sync_on_last(learner, micro_batches):
+        for some in distributed.sync_on_last(learner, micro_batches):
             logprobs = learner(some)  # (n, T)
             # The policy has not moved since the rollout, so the first update needs no extra pass
             # for the old log-probabilities, and its ratio is exactly 1.
@@ -378,9 +352,9 @@ def update_policy(
     metrics = {name: updates[0][name] for name in ("kl", "kl_penalty")}
     for name in ("loss", "clip_fraction", "grad_norm"):
         metrics[name] = fmean(u[name] for u in taken or updates)
-    gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max().item() for m in micro_batches]
-    mismatch = max(all_gather(max(gaps)))
-    skipped = config.num_inner_updates - len(taken)
+    gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max() for m in micro_batches]
+    mismatch = max(distributed.all_gather(torch.stack(gaps).max().item()))
+    skipped = len(updates) - len(taken)
     return {**metrics, "skipped_updates": skipped, "logprob_mismatch": mismatch}
 
 
@@ -389,12 +363,10 @@ def batch_metrics(batch: Rollout, parts: Tensor, group: int) -> dict[str, float]
     length = batch.mask.sum(dim=1)  # (B*G,)
     formatted, exact = parts[:, 0] > 0, parts[:, 2] > 0
     zero_std = (batch.advantages.view(-1, group) == 0).all(dim=1)  # (B,)
-    format_part, near_part, exact_part = parts.mean(dim=0).tolist()
+    means = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
     return {
         "reward": parts.sum(dim=1).mean().item(),
-        "reward_format": format_part,
-        "reward_near": near_part,
-        "reward_exact": exact_part,
+        **{f"reward_{name}": mean for name, mean in means},
         "accuracy": exact.float().mean().item(),
         # Estimated from the samples: the mean of -log p per token.
         "entropy": -(batch.sampled_logprobs.sum(dim=1) / length).mean().item(),
@@ -418,29 +390,28 @@ class TrainState:
     token_rng: torch.Generator
 
     def __post_init__(self):
-        self.learner = wrap_ddp(self.policy)
+        self.learner = distributed.wrap_ddp(self.policy)
 
 
 def set_up(config: Config) -> TrainState:
     """Load the model and check that it can be trained. Raises UserError."""
-    device = choose_device(config.device)
-    keep_freed_memory(device)
-    model, tokenizer = load_model(config.model_name, device)
+    device = models.choose_device(config.device)
+    models.keep_freed_memory(device)
+    model, tokenizer = models.load_model(config.model_name, device)
     prompt = arithmetic_prompt(config)
-    questions = [problem.question for problem in held_out_problems("validation", 512, config)]
-    questions = [min(questions, key=len), max(questions, key=len)]
-    prompts = encode_prompts(tokenizer, questions, prompt, device)
-    check_length(model, prompts[0], config.max_new_tokens)
-    dtype, group = choose_dtype(config.dtype, device), config.num_generations
+    questions = sorted((p.question for p in held_out_problems("validation", 512, config)), key=len)
+    questions = [questions[0], questions[-1]]  # a short one is padded beside a long one
+    prompts = models.encode_prompts(tokenizer, questions, prompt, device)
+    models.check_length(model, prompts[0], config.max_new_tokens)
+    dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
     policy = choose_policy(config.policy, model, dtype, prompts, group, config.max_new_tokens)
     first = prompts[0][0][prompts[1][0] == 1]
     print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    problem_rng = random.Random(config.seed)
-    token_rng = torch.Generator().manual_seed(rank_seed(config.seed))
-    reference = frozen_copy(policy)
-    return TrainState(policy, reference, adamw, tokenizer, prompt, problem_rng, token_rng)
+    rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
+    reference, problem_rng = frozen_copy(policy), random.Random(config.seed)
+    return TrainState(policy, reference, adamw, tokenizer, prompt, problem_rng, rng)
 
 
 def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed: int) -> dict:
@@ -449,22 +420,20 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
     `sampled` (temperature 1) is what training optimises, `greedy` what a user gets. The generator
     is its own, so that evaluating more often changes nothing in the training.
     """
-    rng = torch.Generator().manual_seed(rank_seed(seed))
+    rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
     problems, accuracies = held_out_problems(split, config.eval_problems, config), {}
-    device, length = policy.model.device, config.max_new_tokens
+    mine, device, length = distributed.shard(problems), policy.model.device, config.max_new_tokens
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        answered = []
-        for start in range(0, len(shard(problems)), 128):
-            some = shard(problems)[start : start + 128]
-            questions = [p.question for p in some]
-            prompts = encode_prompts(state.tokenizer, questions, state.prompt, device)
-            texts = rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
-            answered += [(text, score(text, p.answer)) for text, p in zip(texts, some, strict=True)]
-        answered = sum(all_gather(answered), [])
-        exact, formatted = zip(*((s.exact, s.format) for _, s in answered), strict=True)
-        accuracies[kind] = accuracy_summary(exact, formatted)
-    text, first = answered[0]
-    example = {"question": problems[0].question, "completion": text, "exact": first.exact}
+        texts = []
+        for start in range(0, len(mine), 128):
+            questions = [p.question for p in mine[start : start + 128]]
+            prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
+            texts += rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
+        texts = sum(distributed.all_gather(texts), [])
+        scores = [score(text, p.answer) for text, p in zip(texts, problems, strict=True)]
+        accuracies[kind] = accuracy_summary([s.exact for s in scores], [s.format for s in scores])
+    question = problems[0].question
+    example = {"question": question, "completion": texts[0], "exact": scores[0].exact}
     off_task = evaluate_off_task(state, policy, length, seed)
     return {"accuracies": accuracies, "off_task": off_task, "example": example}
 
@@ -474,7 +443,7 @@ def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int)
     """On questions that are not trained: kl per token and, where answers are known, accuracy."""
     asked, tokenizer = state.prompt["off_task"], state.tokenizer
     questions, answers = list(asked["questions"]), asked["questions"].values()
-    prompts = encode_prompts(tokenizer, questions, asked, policy.model.device)
+    prompts = models.encode_prompts(tokenizer, questions, asked, policy.model.device)
     batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))
     kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
     pairs = zip(batch.texts, answers, strict=True)
@@ -486,9 +455,9 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
     group, device = config.num_generations, state.policy.model.device
-    problems = shard(training_problems(config.batch_size, state.problem_rng, config))
+    problems = distributed.shard(training_problems(config.batch_size, state.problem_rng, config))
     questions = [problem.question for problem in problems]
-    prompts = encode_prompts(state.tokenizer, questions, state.prompt, device)
+    prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
     batch = rollout(
         state.policy, state.tokenizer, prompts, group, config.max_new_tokens, state.token_rng
     )
@@ -497,25 +466,24 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     metrics = batch_metrics(batch, parts, group)
     metrics |= update_policy(state.learner, state.reference, state.optimizer, batch, config)
     metrics["seconds"] = time.perf_counter() - started
-    return all_reduce_mean(metrics)
+    return distributed.all_reduce_mean(metrics)
 
 
 def train(config: Config, stop: StopRequest) -> int:
     """Run or resume a training; its files go to config.output_dir. Returns the exit code."""
-    if config.resume and broadcast_object(already_finished, asdict(config)):
+    if config.resume and distributed.broadcast_object(already_finished, asdict(config)):
         return 0
-    with sync_errors():
+    with distributed.sync_errors():
         state = set_up(config)
-    output = Path(config.output_dir)
-    with rank_zero_only(run_folder(output)):
+    with distributed.rank_zero_only(run_folder(Path(config.output_dir))):
         run = RunLogger(state, asdict(config))
 
         def measure(split: str, policy: Policy, iteration: int) -> None:
             seed = 1_000_003 * (config.seed + 1) + iteration
             run.log_evaluation(iteration, split, evaluate(state, policy, split, config, seed))
 
-        for split in ("test", "validation"):
-            if not run.evaluated(split) and not run.iteration and not stop.reason():
+        for split in () if run.iteration else ("test", "validation"):
+            if not stop.reason():
                 measure(split, state.policy, 0)
         with run.progress_bar():
             while True:
@@ -536,16 +504,17 @@ def train(config: Config, stop: StopRequest) -> int:
         if ending[0] == "finished":
             measure("test", best, run.metrics["best_iteration"])
         run.finish(ending, best)
-        if rank() == 0:
+        if distributed.rank() == 0:
             from plot_metrics import draw_run  # here, as asking a model needs no matplotlib
 
-            draw_run(run.metrics, output)
+            draw_run(run.metrics, Path(config.output_dir))
     return {"finished": 0, "failed": 1}.get(ending[0], 128 + stop.signal)
 
 
 def main(argv: list[str] | None = None) -> int:
-    with process_group(), StopRequest() as stop:
-        return train(broadcast_object(parse_config, sys.argv[1:] if argv is None else argv), stop)
+    argv = sys.argv[1:] if argv is None else argv
+    with distributed.process_group(), StopRequest() as stop:
+        return train(distributed.broadcast_object(parse_config, argv), stop)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,8 +89,9 @@ def never_end(model, tokenizer) -> None:
 
 
 def start(work: Work) -> TrainState:
-    """Set up a training as train_grpo.py does."""
-    state = train_grpo.set_up(work.config)
+    """Set up a training as train_grpo.py does, silently."""
+    with redirect_stdout(None):
+        state = train_grpo.set_up(work.config)
     if work.endless:
         never_end(state.policy.model, state.tokenizer)
     return state

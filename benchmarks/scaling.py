@@ -48,7 +48,7 @@ SIZES = ((2, 64), (4, 128), (6, 256), (8, 512))
 @dataclass
 class Settings:
     seconds: float = setting(3.0, "of iterations per point, three at least, after a warm-up", 0)
-    largest: int = setting(512, "leave out what is larger on an axis (hidden size for models)", 2)
+    points: int = setting(9, "of each axis at most, from the smallest on", 1)
     output: str = setting("", "result file; by default it goes beside this script")
 
 
@@ -64,6 +64,7 @@ def time_work(work: Work, seconds: float) -> dict:
     [batch] = rollouts
     tokens = batch.prompt_mask.sum() + batch.mask.sum() - len(batch)  # no one reads the last ones
     return {
+        "policy": state.policy.name,
         "parameters": state.policy.model.num_parameters(),
         "seconds": median(samples),
         "samples": samples,
@@ -77,11 +78,9 @@ def measure(axis: str, value: int, work: Work, seconds: float) -> dict:
     """A point on an axis, measured in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         done = pool.submit(time_work, work, seconds).result()
-    print(
-        f"{axis:>15} = {value:<4} {done['seconds']:.3f} s, {done['peak_memory_mib']:.0f} MiB;",
-        end="",
-    )
-    print(f" read {done['distinct_tokens']:,} of {done['tokens']:,} tokens", flush=True)
+    size, policy = done["peak_memory_mib"], done["policy"]
+    tokens = f"{done['distinct_tokens']:,} distinct of {done['tokens']:,} tokens, {policy} policy"
+    print(f"{axis:>15} = {value:<4} {done['seconds']:.3f} s, {size:.0f} MiB; {tokens}", flush=True)
     return {"value": value, **done}
 
 
@@ -125,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         worst = worst_case(BASE, Path(folder))
         for axis, values in AXES.items():
             axes[axis] = {"natural": [], "worst case": []}
-            for value in (v for v in values if v <= settings.largest):
+            for value in values[: settings.points]:
                 for label, work in zip(axes[axis], (BASE, worst), strict=True):
                     work = replace(work, config=replace(work.config, **{axis: value}))
                     axes[axis][label].append(measure(axis, value, work, settings.seconds))
         axes["hidden_size"] = {"worst case": []}
-        for layers, hidden in (size for size in SIZES if size[1] <= settings.largest):
+        for layers, hidden in SIZES[: settings.points]:
             shape = {"num_hidden_layers": layers, "hidden_size": hidden}
             shape |= {"intermediate_size": 4 * hidden, "num_attention_heads": hidden // 32}
             shape |= {"num_key_value_heads": hidden // 32}

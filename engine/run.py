@@ -285,8 +285,8 @@ class RunLogger:
         skipped, updates = metrics["skipped_updates"], self.metrics["config"]["num_inner_updates"]
         if skipped:
             tqdm.write(
-                f"iteration {self.iteration}: skipped {skipped:.0f} of {updates} updates, whose loss"
-                " or gradient was not finite"
+                f"iteration {self.iteration}: skipped {skipped:.0f} of {updates} updates: loss or"
+                " gradient not finite"
             )
         if lacks_signal(history) and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration

@@ -18,6 +18,8 @@ from engine.policy import Policy, Rollout, sample_tokens, token_logprobs
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
 MAX_NODES_ELSEWHERE = 4096
+# Where a tree has more nodes than this share of the tokens, reading them apart is faster.
+WORTHWHILE = 0.7
 TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
 
 
@@ -53,7 +55,7 @@ class PrefixTree:
 
 
 class RolloutTree(PrefixTree):
-    """The tree of a rollout's prompts and completions without their last tokens: no one reads a leaf.
+    """The tree of a rollout's tokens that are read: all but the last of each completion.
 
     `keep` (K,) are the nodes whose logits are needed, `parents` (N*T,) which of them predicts each
     completion token.
@@ -111,6 +113,8 @@ class TreePolicy(Policy):
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
         tree = rollout.tree = rollout.tree or RolloutTree(rollout)
+        if len(tree) > WORTHWHILE * (rollout.prompt_mask.sum() + rollout.mask.sum()):
+            return super().forward(rollout)
         device = rollout.mask.device
         depth, keep, parents = (x.to(device) for x in (tree.depth, tree.keep, tree.parents))
         logits, _ = self.call_model(

@@ -92,7 +92,7 @@ def steps(folder: Path) -> None:
 
 def train(folder: Path, *flags) -> None:
     flags = arguments("--output_dir", folder, *flags)
-    once = patch.object(train_grpo, "process_group", nullcontext)
+    once = patch.object(distributed, "process_group", nullcontext)
     with once, patch.object(plot_metrics, "draw"):
         assert train_grpo.main(flags) == 0
 

@@ -12,6 +12,7 @@ from conftest import TINY, run_script
 import inference
 import plot_metrics
 import train_grpo
+from engine import distributed
 from engine.cli import UserError, exit_code
 from engine.models import choose_dtype
 from train_grpo import EXAMPLES, PRESETS, Config, parse_config
@@ -98,7 +99,7 @@ def test_a_bad_setting_is_named_at_once(flags, complaint):
 
 
 def test_three_processes_refuse_an_uneven_batch(monkeypatch):
-    monkeypatch.setattr(train_grpo, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--batch_size 4: must be a multiple of 3"):
         parse_config(["--preset", "tiny", "--batch_size", "4"])
 

@@ -1,26 +1,42 @@
-"""The README's figures are those of the committed runs, and its claims about the code hold."""
+"""The figures in the pages are those of the committed results; what the pages name exists."""
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from statistics import fmean, median
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
 
-from benchmarks import study
+from benchmarks import ablation
 from train_grpo import PRESETS, Config
 
-README = (ROOT / "README.md").read_text()
-BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))]
+CARDS = [str(p.relative_to(ROOT)) for p in ROOT.glob("results/*/README.md")]
+TORCHRUN = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+TORCHRUN |= {"max_restarts", "shutdown-timeout"}
 
 
-def committed(folder: str) -> dict:
-    return json.loads((ROOT / "results" / folder / "grpo_metrics.json").read_text())
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def row(name: str, metrics: dict) -> str:
-    """A line of the README's table of results, from the metrics of a run."""
+def committed(run: str) -> dict:
+    return json.loads(read(f"results/{run}/grpo_metrics.json"))
+
+
+def benchmark(name: str) -> dict:
+    return json.loads(read(f"benchmarks/{name}.json"))
+
+
+def line(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def result_row(name: str, run: str) -> str:
+    metrics = committed(run)
     before, after = (e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test")
     kl = [m["kl"] for m in metrics["iterations"]]
     means = [fmean(kl[i : i + 50]) for i in range(len(kl) - 49)]
@@ -29,83 +45,170 @@ def row(name: str, metrics: dict) -> str:
         a = after[kind]
         cells.append(f"{before[kind]['accuracy']:.1%}")
         cells.append(f"{a['accuracy']:.1%} ({a['low']:.1%} to {a['high']:.1%})")
-    cells += [f"{median(kl):.2f}", f"{max(means):.2f}", f"{sum(k > 2 for k in kl)}"]
-    cells += [f"{metrics['seconds']:.0f} s", f"{metrics['peak_memory_mib']:.0f} MiB"]
-    return "| " + " | ".join(cells) + " |"
+    cells += [f"{median(kl):.2f}", f"{max(means):.2f}", sum(k > 2 for k in kl)]
+    return line(*cells, f"{metrics['seconds']:.0f} s", f"{metrics['peak_memory_mib']:.0f} MiB")
+
+
+def trl_rows() -> list[str]:
+    rows = []
+    for ending in ("", "_smollm2", "_worst_case", "_smollm2_worst_case"):
+        found = benchmark(f"vs_trl{ending}")
+        work, by_round = found["work"], found["ratio_by_round"]
+        updates = work["num_inner_updates"]
+        model = "SmolLM2-135M, bfloat16" if "smollm2" in ending else "bundled, float32"
+        batch = f"{work['batch_size']} x {work['num_generations']}, {updates} updates"
+        cells = [model, batch, "worst case" if "worst" in ending else "natural"]
+        cells += [f"{found[loop]['seconds']:.3g} s" for loop in ("ours", "trl")]
+        cells.append(f"{found['ratio']:.1f} ({min(by_round):.1f} to {max(by_round):.1f})")
+        cells += [f"{found[loop]['peak_memory_mib']:,.0f} MiB" for loop in ("ours", "trl")]
+        rows.append(line(*cells))
+    return rows
+
+
+def group_rows() -> list[str]:
+    return [
+        line(
+            point["num_generations"],
+            *(f"{point[loop]['seconds']:.3g} s" for loop in ("ours", "trl")),
+            f"{point['ratio']:.1f}",
+        )
+        for point in benchmark("vs_trl_groups")["points"]
+    ]
+
+
+def accuracy_rows() -> list[str]:
+    found = benchmark("vs_trl_accuracy")
+    rows = []
+    for points in zip(found["ours"], found["trl"], strict=True):
+        cells = [f"{points[0]['seconds']:.0f}", *(point["iterations"] for point in points)]
+        for kind in ("sampled", "greedy"):
+            cells += [f"{point['accuracies'][kind]['accuracy']:.1%}" for point in points]
+        rows.append(line(*cells))
+    return rows
+
+
+def roofline_rows() -> list[str]:
+    models = benchmark("roofline"), benchmark("roofline_smollm2")
+    rows = []
+    for phase in models[0]["seconds"]:
+        cells = [phase]
+        for found in models:
+            actual, floor = found["seconds"][phase], found["floor"].get(phase, {}).get("shapes")
+            cells += [f"{floor:.3f} s" if floor else "", f"{actual:.3f} s"]
+            cells.append(f"{actual / floor:.1f}" if floor else "")
+        rows.append(line(*cells))
+    return rows
+
+
+def scaling_rows() -> list[str]:
+    curves = benchmark("scaling")["axes"]["num_generations"]
+    rows = []
+    for points in zip(curves["natural"], curves["worst case"], strict=True):
+        cells = [points[0]["value"]]
+        for point in points:
+            cells.append(f"{point['distinct_tokens']:,} of {point['tokens']:,}")
+            cells += [f"{point['seconds']:.3f} s", f"{point['peak_memory_mib']:,.0f} MiB"]
+        rows.append(line(*cells))
+    return rows
+
+
+def distributed_rows() -> list[str]:
+    return [
+        line(
+            *(run[name] for name in ("processes", "batch_size", "scaling")),
+            *(f"{run['seconds']:.3f}", f"{run['efficiency']:.2f}"),
+            *(f"{run['mb_sent_per_process']:,.0f}", f"{run['allreduce_alone']:.3f} s"),
+        )
+        for run in benchmark("distributed")["runs"]
+    ]
+
+
+def ablation_rows() -> list[str]:
+    found = ablation.rows(benchmark("ablation")["runs"])
+    return [ablation.table_line(axis, value, runs) for axis, value, runs in found]
+
+
+class Table(NamedTuple):
+    page: str
+    heading: str  # how its first line starts
+    rows: Callable[[], list[str]]
+
+
+RUNS = "| run | sampled, before |"
+TABLES = [
+    Table("README.md", RUNS, lambda: [result_row(f"seed {n}", f"tiny/seed{n}") for n in range(3)]),
+    Table("docs/training.md", RUNS, lambda: [result_row("lr 1e-7", "tiny_reference")]),
+    Table("docs/real_llm.md", RUNS, lambda: [result_row("seed 0", "smollm2_cpu")]),
+    Table("docs/training.md", "| setting | value | sampled", ablation_rows),
+    Table("docs/performance.md", "| model | batch |", trl_rows),
+    Table("docs/performance.md", "| G | this loop |", group_rows),
+    Table("docs/performance.md", "| seconds of training |", accuracy_rows),
+    Table("docs/performance.md", "| phase |", roofline_rows),
+    Table("docs/performance.md", "| G | natural: read |", scaling_rows),
+    Table("docs/distributed.md", "| processes |", distributed_rows),
+]
+
+
+def rows_below(text: str, heading: str) -> list[str]:
+    """The rows of the one table whose first line starts with `heading`."""
+    [start] = [i for i, row in enumerate(text.splitlines()) if row.startswith(heading)]
+    below = text.splitlines()[start + 2 :]
+    end = next((i for i, row in enumerate(below) if not row.startswith("|")), len(below))
+    return below[:end]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda t: f"{t.page} {t.heading}")
+def test_a_table_of_results_is_that_of_its_result_files(table):
+    assert rows_below(read(table.page), table.heading) == table.rows()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_results_of_each_seed_are_those_of_its_committed_run(seed):
+def test_the_runs_of_the_bundled_model_are_its_preset(seed):
     metrics = committed(f"tiny/seed{seed}")
-    assert metrics["config"]["seed"] == seed and metrics["config"]["preset"] == "tiny"
+    assert metrics["status"] == "finished"
+    assert metrics["config"]["seed"] == seed
     assert {n: metrics["config"][n] for n in PRESETS["tiny"]} == PRESETS["tiny"]
-    assert len(metrics["iterations"]) == 2000 and metrics["status"] == "finished"
-    assert row(f"seed {seed}", metrics) in README
+    assert len(metrics["iterations"]) == metrics["config"]["num_iterations"]
 
 
-def test_the_result_of_the_reference_rate_is_that_of_its_committed_run():
+def test_the_other_runs_are_what_their_pages_say():
     metrics = committed("tiny_reference")
     assert metrics["config"]["learning_rate"] == 1e-7
-    assert row("lr 1e-7", metrics) in README
-
-
-def test_the_result_of_the_real_model_is_that_of_its_committed_run():
+    assert metrics["config"]["preset"] == "reference" and metrics["status"] == "finished"
     metrics = committed("smollm2_cpu")
     assert {n: metrics["config"][n] for n in PRESETS["smollm2"]} == PRESETS["smollm2"]
-    assert len(metrics["iterations"]) >= 150 and metrics["status"] == "finished"
+    assert len(metrics["iterations"]) == 160 and metrics["status"] == "finished"
     assert metrics["environment"]["model_source"]["weights"] == "Q4_1, dequantised"
-    assert row("seed 0", metrics) in README
 
 
-def measured(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
-
-
-@pytest.mark.parametrize(
-    "label, name",
-    [
-        ("bundled, 1M | float32", "vs_trl"),
-        ("SmolLM2-135M's shape | bfloat16", "vs_trl_135m"),
-        (
-            "SmolLM2-135M's shape, both keep freed memory | bfloat16",
-            "vs_trl_135m_same_allocator",
-        ),
-    ],
-)
-def test_the_figures_beside_trl_are_those_of_their_result_file(label, name):
-    found, by_round = measured(name), measured(name)["ratio_by_round"]
-    cells = [f"{found[loop]['seconds']:.2f} s" for loop in ("ours", "trl")]
-    cells.append(f"{found['ratio']:.1f} ({min(by_round):.1f} to {max(by_round):.1f})")
-    cells += [f"{found[loop]['peak_memory_mib']:,.0f} MiB" for loop in ("ours", "trl")]
-    line = f"| {label} | {' | '.join(cells)} |"
-    assert line in BENCHMARKS and line in README
-
-
-def test_the_figures_of_the_study_are_those_of_its_result_file():
-    lines = []
-    for axis, value, runs in study.rows(measured("study")["runs"]):
-        assert [once["sampled_before"] for once in runs] and len(runs) == 3
-        lines.append(study.table_line(axis, value, runs))
-    assert len(lines) == 14 and "\n".join(lines) in BENCHMARKS
-
-
-def test_the_configuration_table_is_that_of_the_code():
+def test_the_configuration_table_holds_each_difference_of_the_presets():
     presets = {name: {**asdict(Config()), **values} for name, values in PRESETS.items()}
-    found = 0
-    for line in README.splitlines():
-        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and hasattr(Config, cells[0]):
-            found += 1
-            for name, cell in zip(("reference", "smollm2", "tiny"), cells[1:4], strict=True):
-                value = presets[name][cells[0]]
-                assert cell == str(value) or float(cell) == value, (cells[0], name)
-    assert found >= 10
+    rows = rows_below(read("README.md"), "| setting |")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert {name.strip("`") for name, *_ in cells} == set().union(*PRESETS.values())
+    for name, *values, _ in cells:
+        assert values == [str(preset[name.strip("`")]) for preset in presets.values()], name
 
 
-def test_every_function_and_file_that_the_readme_names_exists():
-    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    sources += " ".join(committed("tiny/seed0")["iterations"][0])  # the names of the metrics
-    for name in re.findall(r"`([a-z]+_[a-z_]+)`", README):
-        assert re.search(rf"\b{name}\b", sources), name
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, *CARDS])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+        name, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / name if name else ROOT / page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_script_and_flag_in_a_page_exists(page):
+    code = "".join(p.read_text() for p in ROOT.rglob("*.py") if "tests" not in p.parts)
+    known = set(re.findall(r"\w+", code))
+    for name in re.findall(r"`([a-zA-Z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", read(page)):
+        assert name in known, name
+    for script in re.findall(r"python (\S+\.py)", read(page)):
+        assert (ROOT / script).exists(), script
+    for flag in re.findall(r"--([a-z][\w-]+)", read(page)):
+        assert flag in known | TORCHRUN | {"index-url"}, flag
