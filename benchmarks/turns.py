@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import fmean
+from tempfile import mkdtemp
 from typing import NamedTuple
 
 import transformers
@@ -121,7 +121,7 @@ def make_trainer(work: Work):
         return reward_function([c[0]["content"] for c in completions], answer).sum(dim=1).tolist()
 
     settings = GRPOConfig(
-        output_dir=str(Path(config.model_name).parent / "never_written"),
+        output_dir=mkdtemp(),
         # the work
         per_device_train_batch_size=config.batch_size * config.num_generations,
         num_generations=config.num_generations,

@@ -18,8 +18,8 @@ from engine.policy import Policy, Rollout, sample_tokens, token_logprobs
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
 MAX_NODES_ELSEWHERE = 4096
-# Where a tree has more nodes than this share of the tokens, reading them apart is faster.
-WORTHWHILE = 0.7
+# A pass with more nodes than this share of its tokens is faster without the tree.
+MAX_SHARE = 0.7
 TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
 
 
@@ -49,9 +49,8 @@ class PrefixTree:
         """(n, n) bool: whether the second node is the first or one of its ancestors."""
         above = self.columns <= self.depth[:, None]
         ancestors = self.paths[self.rows].where(above, len(self))  # (n, L)
-        return torch.zeros(len(self), len(self) + 1, dtype=bool).scatter_(1, ancestors, True)[
-            :, :-1
-        ]
+        visible = torch.zeros(len(self), len(self) + 1, dtype=torch.bool)
+        return visible.scatter_(1, ancestors, True)[:, :-1]
 
 
 class RolloutTree(PrefixTree):
@@ -100,6 +99,7 @@ class TreePolicy(Policy):
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         self.max_nodes = MAX_NODES.get(model.device.type, MAX_NODES_ELSEWHERE)
+        self.max_share = MAX_SHARE
 
     def eager_attention(self) -> bool:
         """As of `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
@@ -113,8 +113,8 @@ class TreePolicy(Policy):
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
         tree = rollout.tree = rollout.tree or RolloutTree(rollout)
-        if len(tree) > WORTHWHILE * (rollout.prompt_mask.sum() + rollout.mask.sum()):
-            return super().forward(rollout)
+        if len(tree) > self.max_share * (rollout.prompt_mask.sum() + rollout.mask.sum()):
+            return super().forward(rollout)  # little is shared
         device = rollout.mask.device
         depth, keep, parents = (x.to(device) for x in (tree.depth, tree.keep, tree.parents))
         logits, _ = self.call_model(
@@ -219,6 +219,7 @@ def choose_policy(
     problems = []
     for kind in classes:
         policy = kind(model)
+        policy.max_share = 1.0  # samples at start-up share little, and the tree is to be proven
         problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
         if problem is None:
             reason = "; ".join(problems) or "matches unpadded forward passes"

