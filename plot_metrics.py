@@ -208,7 +208,8 @@ def print_summary(metrics: dict, output: Path) -> None:
         "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
     }
     if metrics["status"] == "interrupted":
-        lines["to continue"] = f"{metrics['environment']['command']} --resume"
+        command = metrics["environment"]["command"].replace(" --resume", "")
+        lines["to continue"] = f"{command} --resume"
     if metrics["status"] == "failed":
         lines["hint"] = (
             "start again in another --output_dir with a smaller --learning_rate or --clip_grad_norm"

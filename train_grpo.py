@@ -24,12 +24,14 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from engine import distributed, models
 from engine.checkpoint import StopRequest, run_folder
@@ -58,7 +60,7 @@ class Config:
     policy: Literal["auto", "tree", "plain"] = setting(
         "auto", "tree reads each distinct prefix once; auto falls back to plain if it does not fit"
     )
-    # The task, and how it is asked. Three factors of three digits give nine, all that is scored.
+    # The task, and how it is asked. Answers have at most nine digits, as many as the reward reads.
     min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
     max_operand: int = setting(10, "largest operand of a problem", -999, 999)
     system_prompt: str = setting(
@@ -80,7 +82,9 @@ class Config:
     # Evaluating, saving, stopping
     eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
-    checkpoint_every: int = setting(0, "iterations per checkpoint; 0: 25 or 2 min, the longer", 0)
+    checkpoint_every: int = setting(
+        0, "iterations per checkpoint; 0 = every 25 or 2 minutes, whichever is longer", 0
+    )
     patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
     max_kl: float = setting(
         0, "stop when mean kl of the last 50 iterations exceeds it; 0: never", 0
@@ -100,8 +104,8 @@ PRESETS: dict[str, dict] = {
         "num_inner_updates": 1,
         "kl_estimator": "k3",
     },
-    # A small model takes, and needs, a far higher learning rate, and so larger batches; completions
-    # that share prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
+    # A small model needs a much higher learning rate, and so larger batches; completions that share
+    # prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
     "tiny": {
         "model_name": "tiny_model",
         "learning_rate": 5e-5,
@@ -185,22 +189,21 @@ def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
     """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
     width = max(0, config.max_operand - config.min_operand + 1)
     total = 9 * width**3
-    problems = []
-    # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
-    for index in random.Random(0).sample(range(total), min(total, 40 * count + 1000)):
-        digits = [index // width**i % width + config.min_operand for i in range(3)]
+
+    def problem_at(index: int) -> Problem:
+        a, b, c = (index // width**i % width + config.min_operand for i in range(3))
         op1, op2 = divmod(index // width**3, 3)
-        problem = Problem(digits[0], "+-*"[op1], digits[1], "+-*"[op2], digits[2])
-        if problem.split == split and len(problems) < count:
-            problems.append(problem)
-    return problems
+        return Problem(a, "+-*"[op1], b, "+-*"[op2], c)
+
+    # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
+    drawn = random.Random(0).sample(range(total), min(total, 40 * count + 1000))
+    return list(islice((p for p in map(problem_at, drawn) if p.split == split), count))
 
 
 def arithmetic_prompt(config: Config) -> dict:
     """How the model is asked: system line and worked examples."""
-    worked = EXAMPLES[: config.num_examples]
-    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in worked]
-    name, system = config.model_name, config.system_prompt
+    name, system, shown = config.model_name, config.system_prompt, EXAMPLES[: config.num_examples]
+    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in shown]
     return models.make_prompt(name, system, examples, config.max_new_tokens)
 
 
@@ -313,11 +316,7 @@ def grpo_loss(
 
 
 def update_policy(
-    learner: nn.Module,
-    reference: Policy,
-    optimizer: torch.optim.Optimizer,
-    batch: Rollout,
-    config: Config,
+    learner: nn.Module, reference: Policy, optimizer: Optimizer, batch: Rollout, config: Config
 ) -> dict[str, float]:
     """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics.
 
@@ -327,7 +326,7 @@ def update_policy(
     with torch.no_grad():
         for some in micro_batches:
             some.ref_logprobs = reference(some)
-    updates, taken = [], []
+    updates = []
     for _ in range(config.num_inner_updates):
         optimizer.zero_grad()
         update = Counter()
@@ -346,12 +345,11 @@ def update_policy(
         updates.append({**update, "grad_norm": norm})
         if math.isfinite(norm):
             optimizer.step()
-            taken.append(updates[-1])
-    optimizer.zero_grad()  # its memory serves the next rollout
-    # kl is unbiased at the first update only, on samples of the very policy that it scores.
-    metrics = {name: updates[0][name] for name in ("kl", "kl_penalty")}
-    for name in ("loss", "clip_fraction", "grad_norm"):
-        metrics[name] = fmean(u[name] for u in taken or updates)
+    optimizer.zero_grad()  # frees the gradients before the next rollout
+    taken = [update for update in updates if math.isfinite(update["grad_norm"])]
+    metrics = {name: fmean(u[name] for u in taken or updates) for name in updates[0]}
+    # kl is unbiased only at the first update, on samples of the current policy.
+    metrics |= {name: updates[0][name] for name in ("kl", "kl_penalty")}
     gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max() for m in micro_batches]
     mismatch = max(distributed.all_gather(torch.stack(gaps).max().item()))
     skipped = len(updates) - len(taken)
@@ -359,7 +357,7 @@ def update_policy(
 
 
 def batch_metrics(batch: Rollout, parts: Tensor, group: int) -> dict[str, float]:
-    """What the metrics record of a batch of groups; parts (B*G, 3) as of `reward_function`."""
+    """What the metrics record of a batch; parts (B*G, 3) as returned by `reward_function`."""
     length = batch.mask.sum(dim=1)  # (B*G,)
     formatted, exact = parts[:, 0] > 0, parts[:, 2] > 0
     zero_std = (batch.advantages.view(-1, group) == 0).all(dim=1)  # (B,)
@@ -379,18 +377,16 @@ def batch_metrics(batch: Rollout, parts: Tensor, group: int) -> dict[str, float]
 
 @dataclass
 class TrainState:
-    """What a training consists of; a checkpoint holds the policy, the optimizer and both rngs."""
+    """What changes during a run, all of it in a checkpoint, and what it works with."""
 
     policy: Policy
     reference: Policy
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     tokenizer: object
     prompt: dict
     problem_rng: random.Random
     token_rng: torch.Generator
-
-    def __post_init__(self):
-        self.learner = distributed.wrap_ddp(self.policy)
+    learner: nn.Module | None = None  # the policy, wrapped to average gradients over processes
 
 
 def set_up(config: Config) -> TrainState:
@@ -400,22 +396,23 @@ def set_up(config: Config) -> TrainState:
     model, tokenizer = models.load_model(config.model_name, device)
     prompt = arithmetic_prompt(config)
     questions = sorted((p.question for p in held_out_problems("validation", 512, config)), key=len)
-    questions = [questions[0], questions[-1]]  # a short one is padded beside a long one
+    questions = [questions[0], questions[-1]]  # so that padding is checked too
     prompts = models.encode_prompts(tokenizer, questions, prompt, device)
     models.check_length(model, prompts[0], config.max_new_tokens)
     dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
-    policy = choose_policy(config.policy, model, dtype, prompts, group, config.max_new_tokens)
+    batch, length = config.batch_size // distributed.world_size(), config.max_new_tokens
+    policy = choose_policy(config.policy, model, dtype, prompts, group, length, batch * group)
     first = prompts[0][0][prompts[1][0] == 1]
     print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
-    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
+    adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
     reference, problem_rng = frozen_copy(policy), random.Random(config.seed)
     return TrainState(policy, reference, adamw, tokenizer, prompt, problem_rng, rng)
 
 
 def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed: int) -> dict:
-    """Accuracy of a policy on held-out problems, and how far it has moved off the task.
+    """Accuracy of a policy on held-out problems, and its drift on off-task questions.
 
     `sampled` (temperature 1) is what training optimises, `greedy` what a user gets. The generator
     is its own, so that evaluating more often changes nothing in the training.
@@ -440,7 +437,7 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
 
 @torch.no_grad()
 def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
-    """On questions that are not trained: kl per token and, where answers are known, accuracy."""
+    """On off-task questions: kl per token and, where answers are known, accuracy."""
     asked, tokenizer = state.prompt["off_task"], state.tokenizer
     questions, answers = list(asked["questions"]), asked["questions"].values()
     prompts = models.encode_prompts(tokenizer, questions, asked, policy.model.device)
@@ -464,17 +461,19 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
     batch.advantages = group_advantages(parts.sum(dim=1), group).to(device)  # (B*G,)
     metrics = batch_metrics(batch, parts, group)
-    metrics |= update_policy(state.learner, state.reference, state.optimizer, batch, config)
+    learner = state.learner or state.policy
+    metrics |= update_policy(learner, state.reference, state.optimizer, batch, config)
     metrics["seconds"] = time.perf_counter() - started
     return distributed.all_reduce_mean(metrics)
 
 
 def train(config: Config, stop: StopRequest) -> int:
-    """Run or resume a training; its files go to config.output_dir. Returns the exit code."""
+    """Train, or resume a run; its files go to config.output_dir. Returns the exit code."""
     if config.resume and distributed.broadcast_object(already_finished, asdict(config)):
         return 0
     with distributed.sync_errors():
         state = set_up(config)
+    state.learner = distributed.wrap_ddp(state.policy)
     with distributed.rank_zero_only(run_folder(Path(config.output_dir))):
         run = RunLogger(state, asdict(config))
 
@@ -505,7 +504,7 @@ def train(config: Config, stop: StopRequest) -> int:
             measure("test", best, run.metrics["best_iteration"])
         run.finish(ending, best)
         if distributed.rank() == 0:
-            from plot_metrics import draw_run  # here, as asking a model needs no matplotlib
+            from plot_metrics import draw_run  # late: inference needs no matplotlib
 
             draw_run(run.metrics, Path(config.output_dir))
     return {"finished": 0, "failed": 1}.get(ending[0], 128 + stop.signal)

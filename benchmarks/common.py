@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
+from engine import distributed
 from engine.checkpoint import prepare_output_dir, write_json
 from engine.cli import Parser, check_ranges
 from engine.models import describe_environment, model_folder, peak_memory
@@ -92,6 +93,7 @@ def start(work: Work) -> TrainState:
     """Set up a training as train_grpo.py does, silently."""
     with redirect_stdout(None):
         state = train_grpo.set_up(work.config)
+    state.learner = distributed.wrap_ddp(state.policy)
     if work.endless:
         never_end(state.policy.model, state.tokenizer)
     return state

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class Rollout:
     """N completions, each with its own copy of its prompt, and what it takes to train on them.
 
-    A batch of B prompts with G completions each has N = B*G, group after group.
+    A batch of B prompts with G completions each has N = B*G, ordered by group.
     """
 
     prompt_ids: Tensor  # (N, P), padded on the left
@@ -38,7 +38,7 @@ class Rollout:
         return len(self.mask)
 
     def __getitem__(self, rows: slice) -> "Rollout":
-        """Some of the completions, no wider than the longest of them."""
+        """The given rows, trimmed to their longest completion."""
         width = int(self.mask[rows].sum(dim=1).max())
         wide = ("completion_ids", "mask", "sampled_logprobs", "ref_logprobs", "old_logprobs")
         cut = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tree"}
@@ -141,14 +141,11 @@ class Policy(nn.Module):
 
     def call_model(self, weights: dict[str, Tensor], keep: Tensor, **inputs) -> tuple[Tensor, Any]:
         """Run the model on what its forward accepts. Returns logits at columns `keep`, and all."""
+        inputs["logits_to_keep"] = keep
         inputs = {n: v for n, v in inputs.items() if n in self.accepted}
-        if "logits_to_keep" in self.accepted:
-            output = torch.func.functional_call(
-                self.model, weights, kwargs={**inputs, "logits_to_keep": keep}
-            )
-            return output.logits, output
         output = torch.func.functional_call(self.model, weights, kwargs=inputs)
-        return output.logits[:, keep], output
+        kept = "logits_to_keep" in inputs
+        return (output.logits if kept else output.logits[:, keep]), output
 
 
 def positions(mask: Tensor) -> dict[str, Tensor]:
@@ -167,7 +164,7 @@ def token_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
 def sample_tokens(
     logits: Tensor, rows: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for each of N sequences, with logits (K, V) and rows (N,) as of `prefill`.
+    """Draw a token for each of N sequences, with logits (K, V) and rows (N,) as in `prefill`.
 
     Temperature 0 is greedy. Else each sequence takes one uniform number from the generator, on the
     CPU, so that a seed means the same on every device. Returns the tokens and their
@@ -187,7 +184,7 @@ def sample_tokens(
         steps = (cdf / cdf[:, -1:] + start).flatten()
         row = rows.to(cdf.device)
         found = torch.searchsorted(steps, row + uniform.to(cdf.device), right=True)
-        # The clamp only acts on weights that are no longer numbers.
+        # The clamp is for a draw that rounds up to the end of its row, and for NaN weights.
         token = (found - row * cdf.shape[1]).clamp(0, cdf.shape[1] - 1).to(rows.device)
     return token, logprobs.flatten()[rows * logprobs.shape[1] + token]
 

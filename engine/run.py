@@ -115,7 +115,7 @@ def checkpoint_to_resume(now: dict) -> tuple[dict, dict] | None:
     try:
         pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - FREE}
         pairs = {f"--{name}": pair for name, pair in sorted(pairs.items())}
-        for name in ("device", "base_model_crc32", "policy", "torch", "threads"):
+        for name in ("device", "base_model_crc32", "policy", "compute_dtype", "torch", "threads"):
             pairs[name] = then["environment"].get(name), now["environment"][name]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {output} holds no checkpoint of train_grpo.py") from error
@@ -204,12 +204,16 @@ class RunLogger:
 
     def __init__(self, state, settings: dict):
         """Start a run, or continue the one in output_dir; `state` is a TrainState."""
+        with distributed.sync_errors():
+            if len(set(distributed.all_gather(state.policy.name))) > 1:
+                raise UserError("the processes chose different policies; try --policy plain")
         self.state, self.output = state, Path(settings["output_dir"])
         self.writes = distributed.rank() == 0
         model = state.policy.model
         environment = {
             **describe_environment(model.device),
             "policy": state.policy.name,
+            "compute_dtype": str(state.policy.compute_dtype),
             "base_model_crc32": fingerprint(model),
             "model_source": read_source(settings["model_name"]),
         }
@@ -223,6 +227,7 @@ class RunLogger:
             "evaluations": [],
         }
         self.resume()
+        self.metrics["environment"] = environment
         self.metrics["config"] = settings | {"resume": False}
         self.last_saved, self.last_checkpoint = 0, self.iteration
         self.written = time.monotonic()
@@ -272,7 +277,7 @@ class RunLogger:
         verdict = "right" if example["exact"] else "wrong"
         tqdm.write(
             f"iteration {iteration:>5}, {split}: {describe(results['accuracies'])}; "
-            f"{example['question']} {example['completion']} ({verdict})"
+            f"{example['question']} {example['completion']!r} ({verdict})"
         )
 
     def log_iteration(self, metrics: dict) -> None:

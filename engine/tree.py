@@ -20,6 +20,8 @@ MAX_NODES = {"cpu": 640}
 MAX_NODES_ELSEWHERE = 4096
 # A pass with more nodes than this share of its tokens is faster without the tree.
 MAX_SHARE = 0.7
+# Sampling attends to all nodes of a batch. With this many, that costs more than sharing saves.
+MAX_SAMPLED = 32768
 TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
 
 
@@ -33,7 +35,7 @@ class PrefixTree:
         self.columns = torch.arange(ids.shape[1])
         ids = ids.masked_fill(self.columns >= length[:, None], -1)
         rows, index = ids.unique(dim=0, return_inverse=True)  # sorted: prefixes are neighbours
-        new = rows >= 0  # where a row leaves the one before it
+        new = rows >= 0  # True where the prefix is not in the row above
         new[1:] &= (rows[1:] == rows[:-1]).long().cumprod(dim=1) == 0
         number = new.flatten().cumsum(0).view(new.shape) - 1
         self.paths = number.masked_fill(~new, 0).cummax(dim=0).values
@@ -46,7 +48,7 @@ class PrefixTree:
 
     @cached_property
     def visible(self) -> Tensor:
-        """(n, n) bool: whether the second node is the first or one of its ancestors."""
+        """(n, n) bool: visible[i, j] says whether j is i or an ancestor of i."""
         above = self.columns <= self.depth[:, None]
         ancestors = self.paths[self.rows].where(above, len(self))  # (n, L)
         visible = torch.zeros(len(self), len(self) + 1, dtype=torch.bool)
@@ -102,7 +104,7 @@ class TreePolicy(Policy):
         self.max_share = MAX_SHARE
 
     def eager_attention(self) -> bool:
-        """As of `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
+        """As in `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
         return self.model.device.type == "cpu"
 
     def fits(self, rollout: Rollout) -> bool:
@@ -129,7 +131,7 @@ class TreePolicy(Policy):
         return logprobs.view(rollout.mask.shape).where(rollout.mask > 0, 0.0)
 
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, TreeCache]:
-        """As of `Policy`, with one row of logits for each distinct prompt."""
+        """As in `Policy`, with one row of logits for each distinct prompt."""
         device = prompt_ids.device
         ids, length = left_aligned(prompt_ids, prompt_mask)
         tree = PrefixTree(ids, length)
@@ -148,7 +150,7 @@ class TreePolicy(Policy):
         return torch.cat(logits), rows, cache
 
     def decode(self, cache: TreeCache, token: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Policy`, with one row of logits for each distinct unfinished completion."""
+        """As in `Policy`, with one row of logits for each distinct unfinished completion."""
         [live] = unfinished.nonzero(as_tuple=True)
         pairs = torch.stack([cache.rows[live], token[live]], dim=1)
         pairs, index = pairs.unique(dim=0, return_inverse=True)
@@ -179,7 +181,7 @@ class TreePolicy(Policy):
     def attention_mask(self, visible: Tensor, depth: Tensor, all_depth: Tensor):
         """What to add to attention scores, (1, 1, M, L); by kind of layer where the model asks so.
 
-        visible: (M, L) bool; depth: (M,) and all_depth: (L,) of the nodes that look and are seen.
+        visible: (M, L) bool; depth: (M,) of the query nodes; all_depth: (L,) of the key nodes.
         """
 
         def additive(window: int | None) -> Tensor:
@@ -208,16 +210,22 @@ def choose_policy(
     prompts: tuple[Tensor, Tensor],
     group: int,
     new_tokens: int,
+    completions: int = 0,
 ) -> Policy:
     """A TreePolicy where it computes what unpadded forward passes compute, else a plain Policy.
 
-    name: auto, tree or plain; prompts: ids and mask (B, P). Raises UserError if the named one (for
-    auto: even the plain one) computes something else. Prints one line that says why.
+    name: auto, tree or plain; prompts: ids and mask (B, P); completions: of a whole batch. Raises
+    UserError if the named one (for auto: even the plain one) computes something else. Prints one
+    line that says why.
     """
     classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
-    problems = []
+    problems, attention = [], model.config._attn_implementation
+    if name == "auto" and completions * new_tokens > MAX_SAMPLED:
+        classes = [Policy]
+        problems = [f"a batch may grow a tree of {completions * new_tokens:,} nodes, too many"]
     for kind in classes:
+        model.set_attn_implementation(attention)  # the one tried before may have changed it
         policy = kind(model)
         policy.max_share = 1.0  # samples at start-up share little, and the tree is to be proven
         problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
@@ -236,8 +244,8 @@ def find_mismatch(
 ) -> str | None:
     """Sample with a float32 policy and score the samples: what is wrong, or None.
 
-    Full length, so that a window shorter than that is felt. Some samples are also scored by one
-    unpadded forward pass each.
+    Samples have full length, so that a window shorter than that makes a difference. The first, the
+    middle and the last one are also scored by an unpadded forward pass each.
     """
     try:
         generator = torch.Generator().manual_seed(0)
@@ -263,7 +271,7 @@ def find_mismatch(
             rows = torch.arange(new_tokens, device=ids.device)
             gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
         gap = torch.stack(gaps).max().item()
-    except Exception as error:  # foreign code, called in a way that it may not know
+    except Exception as error:  # third-party code: any failure rules this policy out
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"fails ({reason})"
     return None if gap < TOLERANCE else f"changes log-probabilities by {gap:.2g}"

@@ -670,7 +670,9 @@ def parse(text: str) -> Iterator[Mutant]:
 
 def import_once() -> None:
     """Import what the tests share. No tensor may be computed before the forks."""
-    os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
+        os.environ[name] = "1"
+    import matplotlib.figure  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers

@@ -66,6 +66,7 @@ def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     rngs = random.Random(0), torch.Generator()
     state = TrainState(policy, policy, adamw, tokenizer, read_prompt(str(TINY)), *rngs)
+    state.learner = distributed.wrap_ddp(policy)
     state.reference = frozen_copy(policy)  # after wrap_ddp, which makes all weights those of rank 0
     tensors = {}
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
-from benchmarks import ablation
 from train_grpo import PRESETS, Config
 
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))]
@@ -51,7 +50,7 @@ def result_row(name: str, run: str) -> str:
 
 def trl_rows() -> list[str]:
     rows = []
-    for ending in ("", "_smollm2", "_worst_case", "_smollm2_worst_case"):
+    for ending in ("", "_smollm2", "_worst_case"):
         found = benchmark(f"vs_trl{ending}")
         work, by_round = found["work"], found["ratio_by_round"]
         updates = work["num_inner_updates"]
@@ -100,18 +99,6 @@ def roofline_rows() -> list[str]:
     return rows
 
 
-def scaling_rows() -> list[str]:
-    curves = benchmark("scaling")["axes"]["num_generations"]
-    rows = []
-    for points in zip(curves["natural"], curves["worst case"], strict=True):
-        cells = [points[0]["value"]]
-        for point in points:
-            cells.append(f"{point['distinct_tokens']:,} of {point['tokens']:,}")
-            cells += [f"{point['seconds']:.3f} s", f"{point['peak_memory_mib']:,.0f} MiB"]
-        rows.append(line(*cells))
-    return rows
-
-
 def distributed_rows() -> list[str]:
     return [
         line(
@@ -121,11 +108,6 @@ def distributed_rows() -> list[str]:
         )
         for run in benchmark("distributed")["runs"]
     ]
-
-
-def ablation_rows() -> list[str]:
-    found = ablation.rows(benchmark("ablation")["runs"])
-    return [ablation.table_line(axis, value, runs) for axis, value, runs in found]
 
 
 class Table(NamedTuple):
@@ -139,12 +121,10 @@ TABLES = [
     Table("README.md", RUNS, lambda: [result_row(f"seed {n}", f"tiny/seed{n}") for n in range(3)]),
     Table("docs/training.md", RUNS, lambda: [result_row("lr 1e-7", "tiny_reference")]),
     Table("docs/real_llm.md", RUNS, lambda: [result_row("seed 0", "smollm2_cpu")]),
-    Table("docs/training.md", "| setting | value | sampled", ablation_rows),
     Table("docs/performance.md", "| model | batch |", trl_rows),
     Table("docs/performance.md", "| G | this loop |", group_rows),
     Table("docs/performance.md", "| seconds of training |", accuracy_rows),
     Table("docs/performance.md", "| phase |", roofline_rows),
-    Table("docs/performance.md", "| G | natural: read |", scaling_rows),
     Table("docs/distributed.md", "| processes |", distributed_rows),
 ]
 

@@ -22,7 +22,7 @@ def test_a_signal_saves_the_run_and_says_how_to_continue(tmp_path, monkeypatch, 
         return done[-1]
 
     monkeypatch.setattr(train_grpo, "train_iteration", iteration)
-    out = finish(tmp_path, "--num_iterations", 100, code=128 + number)
+    out = finish(tmp_path, "--num_iterations", 9, code=128 + number)
     metrics = read_metrics(tmp_path)
     assert metrics["status"] == "interrupted" and metrics["stop_reason"] == number.name
     assert newest(tmp_path) == len(metrics["iterations"]) == 3
@@ -46,4 +46,4 @@ def test_a_second_ctrl_c_kills_and_leaves_valid_files(tmp_path):
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
     with run_folder(tmp_path), pytest.raises(UserError, match=f"another run.*{tmp_path}"):
-        train_grpo.main(arguments("--output_dir", tmp_path))
+        train_grpo.main(arguments("--num_iterations", 1, "--output_dir", tmp_path))

@@ -173,7 +173,7 @@ def test_a_run_stopped_before_training_changes_no_file(tmp_path, monkeypatch):
         return evaluate(*arguments)
 
     monkeypatch.setattr(train_grpo, "evaluate", interrupted)
-    finish(tmp_path, code=130)
+    finish(tmp_path, "--num_iterations", 1, code=130)
     assert [(tmp_path / name).read_text() for name in names] == [f"earlier {n}" for n in names]
     assert not (tmp_path / "checkpoints").exists()
 

@@ -418,6 +418,16 @@ def test_a_pass_that_shares_little_takes_the_plain_path(monkeypatch):
         lambda module, arguments, inputs: reads.append(tuple(inputs["input_ids"].shape)),
         with_kwargs=True,
     )
-    assert torch.equal(tree(apart), plain(apart))
+    torch.testing.assert_close(tree(apart), plain(apart), rtol=0, atol=1e-5)
     tree(together)
     assert reads == [(4, 9), (1, 16)]
+
+
+def test_auto_leaves_the_tree_where_a_batch_may_outgrow_it(capsys):
+    prompts = left_padded([[5, 6], [7]])
+    for completions, kind in ((8, TreePolicy), (10_000, Policy)):
+        policy = choose_policy(
+            "auto", small_model("llama"), torch.float32, prompts, 2, 4, completions
+        )
+        assert type(policy) is kind
+    assert "policy plain: a batch may grow a tree of 40,000 nodes" in capsys.readouterr().out
