@@ -1,7 +1,7 @@
 """Atomic files, checkpoints, the lock on a run's folder, and signals.
 
-Whatever kills the process, each file and folder in `output_dir` is complete: either the old or the
-new one. New content is written to a temporary name, flushed to disk, and renamed into place.
+Whatever kills the process, each file and folder in `output_dir` is complete or absent. New content
+is written to a temporary name, flushed to disk, and renamed into place.
 """
 
 import hashlib
