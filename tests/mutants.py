@@ -70,8 +70,8 @@ what follows the end is scored
 
 : test_policy.py::test_logits_are_computed_for_completion_tokens_only
 logits of the whole sequence
-- "logits_to_keep": keep}
-+ "logits_to_keep": 0}
+- inputs["logits_to_keep"] = keep
++ inputs["logits_to_keep"] = 0
 
 : test_policy.py::test_bfloat16_computes_nearly_the_same_with_float32_gradients[llama]
 no gradient reaches the float32 weights
@@ -156,11 +156,10 @@ a micro-batch over the node bound
 = engine/tree.py
 : test_tree.py::test_a_node_sees_its_ancestors_and_itself_alone
 a sibling is seen
-- return torch.zeros(len(self), len(self) + 1, dtype=bool).scatter_
+- return visible.scatter_(
 + parent = self.paths[self.rows, self.depth - 1]
-+         seen = torch.zeros(len(self), len(self) + 1, dtype=bool)
-+         seen[:, :-1] = parent[:, None] == parent
-+         return seen.scatter_
++         visible[:, :-1] = parent[:, None] == parent
++         return visible.scatter_(
 
 an ancestor is not seen
 - above = self.columns <= self.depth[:, None]
