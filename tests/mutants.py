@@ -107,6 +107,7 @@ temperature multiplies
 - (logprobs / temperature)
 + (logprobs * temperature)
 
+: test_sampling.py::test_a_uniform_number_of_0_draws_a_possible_token
 a uniform number of 0 draws an impossible token
 - right=True
 + right=False

@@ -92,7 +92,7 @@ def test_bfloat16_computes_nearly_the_same_with_float32_gradients(name):
     exact, policy = (Policy(small_model(name), d) for d in (torch.float32, torch.bfloat16))
     batch = ragged_batch(PROMPTS, COMPLETIONS)
     scored, expected = policy(batch), exact(batch)
-    assert scored.dtype == torch.float32 and not torch.equal(scored, expected)
+    assert scored.dtype == torch.float32 and (scored - expected).abs().max() > 1e-3
     torch.testing.assert_close(scored, expected, rtol=0, atol=0.15)
     found, its = gradients(policy.model, scored), gradients(exact.model, expected)
     for weight, gradient in its.items():

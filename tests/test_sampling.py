@@ -165,6 +165,13 @@ def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
     torch.testing.assert_close(logprob, logits.log_softmax(dim=1)[rows, token])
 
 
+def test_a_uniform_number_of_0_draws_a_possible_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.zeros(n, dtype=torch.double))
+    logits = torch.zeros(3, 5)
+    logits[:, [0, 4]] = -torch.inf
+    assert sample_tokens(logits, torch.arange(3), 1.0, None)[0].tolist() == [1, 1, 1]
+
+
 @BOTH
 def test_weights_that_are_nan_crash_no_sampling(kind):
     policy = kind(small_model("llama"))

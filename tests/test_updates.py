@@ -203,7 +203,7 @@ def test_batch_metrics_are_the_means_their_names_say():
     batch = ragged_batch(PROMPTS, COMPLETIONS[:4])  # of 5, 1, 3 and 6 tokens
     batch.sampled_logprobs = -batch.mask * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     batch.truncated = torch.tensor([False, False, False, True])
-    batch.advantages = torch.tensor([0.0, 0.0, 0.7, -0.7])
+    batch.advantages = torch.tensor([0.0, 0.0, 0.7, 0.0])
     parts = torch.tensor([[0.2, 0.2, 0.6], [0.2, 0.2, 0.6], [0.2, 0.2, 0.0], [0.0, 0.0, 0.0]])
     assert batch_metrics(batch, parts, 2) == pytest.approx(
         {
