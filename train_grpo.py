@@ -324,21 +324,21 @@ def update_policy(
     """
     micro_batches = batch.micro_batches(config.micro_batch_size, reference.fits)
     with torch.no_grad():
-        for some in micro_batches:
-            some.ref_logprobs = reference(some)
+        for chunk in micro_batches:
+            chunk.ref_logprobs = reference(chunk)
     updates = []
     for _ in range(config.num_inner_updates):
         optimizer.zero_grad()
         update = Counter()
-        for some in distributed.sync_on_last(learner, micro_batches):
-            logprobs = learner(some)  # (n, T)
+        for chunk in distributed.sync_on_last(learner, micro_batches):
+            logprobs = learner(chunk)  # (n, T)
             # The policy has not moved since the rollout, so the first update needs no extra pass
             # for the old log-probabilities, and its ratio is exactly 1.
-            if some.old_logprobs is None:
-                some.old_logprobs = logprobs.detach()
-            inputs = some.old_logprobs, some.ref_logprobs, some.advantages, some.mask
+            if chunk.old_logprobs is None:
+                chunk.old_logprobs = logprobs.detach()
+            inputs = chunk.old_logprobs, chunk.ref_logprobs, chunk.advantages, chunk.mask
             loss, stats = grpo_loss(logprobs, *inputs, config)
-            weight = len(some) / len(batch)
+            weight = len(chunk) / len(batch)
             (weight * loss).backward()
             update.update({name: weight * value.item() for name, value in stats.items()})
         norm = nn.utils.clip_grad_norm_(learner.parameters(), config.clip_grad_norm).item()

@@ -51,13 +51,13 @@ class Rollout:
 
         A single completion is never cut, even if it does not fit.
         """
-        parts = math.ceil(len(self) / (size or len(self)))
+        count = math.ceil(len(self) / (size or len(self)))
         while True:
-            rows = math.ceil(len(self) / parts)
-            cut = [self[i : i + rows] for i in range(0, len(self), rows)]
-            if rows == 1 or all(fits(part) for part in cut):
-                return cut
-            parts += 1
+            rows = math.ceil(len(self) / count)
+            chunks = [self[i : i + rows] for i in range(0, len(self), rows)]
+            if rows == 1 or all(fits(chunk) for chunk in chunks):
+                return chunks
+            count += 1
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Cache:
 
     weights: dict[str, Tensor]  # cast once for all steps
     mask: Tensor  # (N, L)
-    past: dict[str, Any]  # the model's own cache, by the name of its argument
+    model_cache: dict[str, Any]  # the model's own cache, by the name of its argument
 
 
 class Policy(nn.Module):
@@ -126,11 +126,11 @@ class Policy(nn.Module):
         inputs["position_ids"] = inputs["position_ids"][:, -ids.shape[1] :]
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         logits, output = self.call_model(
-            cache.weights, last, input_ids=ids, use_cache=True, **inputs, **cache.past
+            cache.weights, last, input_ids=ids, use_cache=True, **inputs, **cache.model_cache
         )
         for name in ("past_key_values", "cache_params"):  # the latter in Mamba
             if getattr(output, name, None) is not None:
-                cache.past = {name: getattr(output, name)}
+                cache.model_cache = {name: getattr(output, name)}
         return logits[:, 0], torch.arange(len(ids), device=ids.device)
 
     def cast_weights(self) -> dict[str, Tensor]:

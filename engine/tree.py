@@ -86,7 +86,7 @@ class TreeCache:
     """All nodes read so far, in one sequence, and the newest of them, the tips."""
 
     weights: dict[str, Tensor]
-    past: DynamicCache
+    model_cache: DynamicCache
     depth: Tensor  # (L,) of all nodes
     visible: Tensor  # (K, L) bool: the ancestors of each tip, and itself
     tip_depth: Tensor  # (K,)
@@ -143,10 +143,10 @@ class TreePolicy(Policy):
         )
         logits = []
         for start in range(0, len(tree), self.max_nodes):
-            some = slice(start, start + self.max_nodes)
-            keep = ends[(ends >= start) & (ends < some.stop)] - start
-            seen = visible[some, : some.stop]
-            logits.append(self.append(cache, ids[some], depth[some], seen, keep))
+            chunk = slice(start, start + self.max_nodes)
+            keep = ends[(ends >= start) & (ends < chunk.stop)] - start
+            seen = visible[chunk, : chunk.stop]
+            logits.append(self.append(cache, ids[chunk], depth[chunk], seen, keep))
         return torch.cat(logits), rows, cache
 
     def decode(self, cache: TreeCache, token: Tensor, unfinished: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class TreePolicy(Policy):
             input_ids=ids[None],
             position_ids=depth[None],
             attention_mask=self.attention_mask(visible, depth, cache.depth),
-            past_key_values=cache.past,
+            past_key_values=cache.model_cache,
             use_cache=True,
         )
         return logits[0]
@@ -249,21 +249,21 @@ def find_mismatch(
     """
     try:
         generator = torch.Generator().manual_seed(0)
-        everyone = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+        unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
         logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)
         steps = []
         for _ in range(new_tokens):
             steps.append(sample_tokens(logits, rows, 1.0, generator))
-            logits, rows = policy.decode(cache, steps[-1][0], everyone)
+            logits, rows = policy.decode(cache, steps[-1][0], unfinished)
         ids, sampled = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
         mask = torch.ones_like(sampled)
-        rollout = Rollout(prompt_ids, prompt_mask, ids, mask, sampled, everyone, [""] * len(ids))
-        parts = rollout.micro_batches(0, policy.fits)
-        scored = torch.cat([policy(part) for part in parts])
+        rollout = Rollout(prompt_ids, prompt_mask, ids, mask, sampled, unfinished, [""] * len(ids))
+        micro_batches = rollout.micro_batches(0, policy.fits)
+        scored = torch.cat([policy(chunk) for chunk in micro_batches])
         gaps = [(scored - sampled).abs().max()]
-        if parts[0].tree:  # a model that masks by column, not by the given mask, fails here
-            parts[0].tree.reverse()
-            reversed_scores = policy(parts[0])
+        if micro_batches[0].tree:  # a model that masks by column, not by the given mask, fails here
+            micro_batches[0].tree.reverse()
+            reversed_scores = policy(micro_batches[0])
             gaps.append((reversed_scores - scored[: len(reversed_scores)]).abs().max())
         for i in {0, len(ids) // 2, len(ids) - 1}:
             whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]

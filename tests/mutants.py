@@ -55,7 +55,7 @@ decoding takes the positions of the first tokens
 + [:, : ids.shape[1]]
 
 the cache is forgotten
-- cache.past = {name: getattr(output, name)}
+- cache.model_cache = {name: getattr(output, name)}
 + pass
 
 : test_policy.py::test_logprobs_recorded_while_sampling_equal_unpadded_forwards[mamba2]
@@ -151,8 +151,8 @@ completions lost between micro-batches
 + for i in range(0, len(self) - rows + 1, rows + 1)]
 
 a micro-batch over the node bound
-- if rows == 1 or all(fits(part) for part in cut):
-+ if all([fits(part) for part in cut]) or True:
+- if rows == 1 or all(fits(chunk) for chunk in chunks):
++ if all([fits(chunk) for chunk in chunks]) or True:
 
 = engine/tree.py
 : test_tree.py::test_a_node_sees_its_ancestors_and_itself_alone
@@ -272,8 +272,8 @@ equal live nodes read apart
 
 : test_tree.py::test_long_prompts_are_read_in_chunks_with_the_same_result
 a chunk of the prompts does not see the one before
-- seen = visible[some, : some.stop]
-+ seen = visible[some, : some.stop] & (torch.arange(len(tree))[: some.stop] >= start)
+- seen = visible[chunk, : chunk.stop]
++ seen = visible[chunk, : chunk.stop] & (torch.arange(len(tree))[: chunk.stop] >= start)
 
 prompts of any length in one pass
 - range(0, len(tree), self.max_nodes)
@@ -290,7 +290,7 @@ start-up comparison is too short
 
 : test_tree.py::test_a_model_that_masks_by_row_index_gets_no_tree
 start-up comparison in one order alone
-- if parts[0].tree:
+- if micro_batches[0].tree:
 + if False:
 
 = engine/distributed.py
@@ -341,11 +341,11 @@ every process samples with the same seed
 
 : test_updates.py::test_all_inner_updates_equal_a_plain_loop
 micro-batches weigh the same whatever their size
-- weight = len(some) / len(batch)
+- weight = len(chunk) / len(batch)
 + weight = (config.micro_batch_size or len(batch)) / len(batch)
 
 old log-probabilities renewed at every update
-- if some.old_logprobs is None:
+- if chunk.old_logprobs is None:
 + if True:
 
 gradients pile up
@@ -364,8 +364,8 @@ kl of the last update logged
 
 : test_updates.py::test_first_inner_update_has_the_gradient_of_reinforce
 missing detach
-- some.old_logprobs = logprobs.detach()
-+ some.old_logprobs = logprobs
+- chunk.old_logprobs = logprobs.detach()
++ chunk.old_logprobs = logprobs
 
 : test_updates.py::test_training_moves_the_policy_and_never_the_reference
 the reference is the policy itself
