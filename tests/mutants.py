@@ -92,11 +92,6 @@ the reference keeps float32 weights
 - p.data = p.data.to(policy.compute_dtype)
 + pass
 
-: test_tree.py::test_repeating_an_update_with_40000_lookups_gives_equal_bits
-gradients of lookups add up in any order
-- .index_select(0, rows * logits.shape[1] + ids)
-+ [rows * logits.shape[1] + ids]
-
 : test_sampling.py::test_greedy_rollout_equals_generate_token_for_token[Policy-gpt2]
 greedy takes the least likely token
 - logprobs.argmax(dim=1)
