@@ -796,6 +796,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list them instead of running them")
     args = parser.parse_args()
     mutants = [m for m in parse(MUTANTS) if not args.words or any(w in m.name for w in args.words)]
+    if not mutants:
+        parser.error("no mutant's name holds one of these words")
     if args.list:
         for mutant in mutants:
             print(f"{mutant.name}: {mutant.file}, {mutant.test}")
