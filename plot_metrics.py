@@ -11,6 +11,7 @@ import argparse
 import io
 import shlex
 import sys
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -20,11 +21,12 @@ from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
 from engine.checkpoint import METRICS_FILE, prepare_output_dir, read_json, write_bytes
 from engine.cli import Parser, UserError, exit_code
-from engine.run import describe
+from engine.metrics import describe
 
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OFF_TASK = COLOURS[3]
 WINDOW = 50  # iterations in the moving average
 
 
@@ -109,15 +111,14 @@ def draw_one_curve(reward, accuracy, metrics: dict) -> None:
 def draw_watched(axes, metrics: dict) -> None:
     """Draw what reveals reward hacking and forgetting, where the metrics have it."""
     history = metrics["iterations"]
-    names = {
-        "entropy": "entropy (nats per token)",
-        "wrong_in_tags": "share with tags, not exact",
-        "truncated": "share truncated",
-    }
-    for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
+    names = {"entropy": "entropy (nats per token)", "truncated": "share truncated"}
+    parts = [name for name in history[0] if name.startswith("reward_")]
+    names |= {name: name.removeprefix("reward_") + " (part of the reward)" for name in parts}
+    colours = cycle(c for c in COLOURS if c != OFF_TASK)
+    for colour, (name, label) in zip(colours, names.items(), strict=False):
         if all(type(m.get(name)) is float for m in history):
-            draw_series(axes, metrics, name, colour, label, faint=True)
-    draw_off_task(axes, metrics, "accuracy", COLOURS[3], "off-task accuracy")
+            draw_series(axes, metrics, name, colour, label, faint=name not in parts)
+    draw_off_task(axes, metrics, "accuracy", OFF_TASK, "off-task accuracy")
     axes.set(xlabel="iteration", ylabel="share, or nats per token")
     axes.set_ylim(bottom=0)
 
@@ -154,7 +155,10 @@ def draw(paths: list[Path], output: Path) -> None:
                 draw_series(reward, run, "reward", colour, label, faint=False)
                 draw_series(accuracy, run, "accuracy", colour, label, faint=False)
                 draw_evaluations(accuracy, run, "greedy", colour, "s", f"{label}, greedy")
-        reward.set(xlabel="iteration", ylabel="reward per completion (0 to 1)", ylim=(0, 1.02))
+        # The weights are the user's: rewards may go below 0 or beyond 1.
+        reward.set(xlabel="iteration", ylabel="reward per completion")
+        low, high = reward.get_ylim()
+        reward.set_ylim(min(0, low), max(1.02, high))
         accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
         reward.legend(loc="lower right")
         accuracy.legend(loc="best")
@@ -167,7 +171,7 @@ def draw(paths: list[Path], output: Path) -> None:
         all_axes = figure.subplots(1, 2 if len(runs) == 1 else 1, squeeze=False)
         axes = all_axes[0, 0]
         if len(runs) == 1:
-            draw_off_task(axes, runs[0], "kl", COLOURS[3], "off-task kl")
+            draw_off_task(axes, runs[0], "kl", OFF_TASK, "off-task kl")
             draw_watched(all_axes[0, 1], runs[0])
             all_axes[0, 1].legend(loc="center right")
         for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
@@ -214,7 +218,8 @@ def print_summary(metrics: dict, output: Path) -> None:
         lines["hint"] = (
             "start again in another --output_dir with a smaller --learning_rate or --clip_grad_norm"
         )
-    lines["next"] = f'python inference.py {choice}"What is (4 - 9) * 6?"'
+    question = shlex.quote(metrics["evaluations"][0]["example"]["question"])
+    lines["next"] = f"python inference.py {choice}{question}"
     print(f"\n{metrics['status']} after {len(history)} iterations: {metrics['stop_reason']}")
     for name, text in lines.items():
         print(f"{name:<21} {text}")

@@ -21,7 +21,6 @@ import operator
 import random
 import sys
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -36,10 +35,11 @@ from torch.optim import AdamW, Optimizer
 from engine import distributed, models
 from engine.checkpoint import StopRequest, run_folder
 from engine.cli import Parser, UserError, check_ranges, exit_code, setting
+from engine.metrics import accuracy_summary, batch_metrics, completions_record
 from engine.policy import Policy, Rollout, frozen_copy, sample_tokens
-from engine.run import RunLogger, accuracy_summary, already_finished
+from engine.problems import SPLITS, ProblemFile, RewardFile, split_of
+from engine.run import RunLogger, already_finished
 from engine.tree import choose_policy
-from rewards import score
 
 
 @dataclass
@@ -61,12 +61,16 @@ class Config:
         "auto", "tree reads each distinct prefix once; auto falls back to plain if it does not fit"
     )
     # The task, and how it is asked. Answers have at most nine digits, as many as the reward reads.
+    problems: str = setting("", "JSONL file of questions and answers; without it, arithmetic")
+    rewards: str = setting("", "Python file that scores completions; without it, rewards.py")
     min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
     max_operand: int = setting(10, "largest operand of a problem", -999, 999)
     system_prompt: str = setting(
         "Reply only with <answer>N</answer>, where N is the number.", "first line of the chat"
     )
-    num_examples: int = setting(0, "worked examples in the chat before the question", 0, 3)
+    num_examples: int = setting(0, "worked examples in the chat before the question", 0, 6)
+    show_steps: bool = setting(False, "the worked examples of arithmetic show their two steps")
+    chat_template_kwargs: str = setting("{}", 'JSON, like {"enable_thinking": false}')
     # GRPO
     learning_rate: float = setting(1e-7, "learning rate of AdamW, constant", 0, 1)
     batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
@@ -74,7 +78,10 @@ class Config:
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged")
+    scale_rewards: Literal["group", "none"] = setting("group", "whose std divides the advantages")
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
+    epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
     kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
@@ -82,13 +89,12 @@ class Config:
     # Evaluating, saving, stopping
     eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
+    log_completions_every: int = setting(25, "iterations per logged group; 0 is never", 0)
     checkpoint_every: int = setting(
         0, "iterations per checkpoint; 0 = every 25 or 2 minutes, whichever is longer", 0
     )
     patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
-    max_kl: float = setting(
-        0, "stop when mean kl of the last 50 iterations exceeds it; 0: never", 0
-    )
+    max_kl: float = setting(0, "stop when mean kl of 50 iterations exceeds it; 0: never", 0)
 
 
 PRESETS: dict[str, dict] = {
@@ -132,9 +138,7 @@ def parse_config(argv: list[str]) -> Config:
         raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
     if batch % processes:
         raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
-    if not all(held_out_problems(split, 1, config) for split in ("train", "validation", "test")):
-        low, high = config.min_operand, config.max_operand
-        raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
+    load_task(config)  # for its errors, before a model is loaded
     print(f"preset {preset}: {reason}")
     return config
 
@@ -161,50 +165,83 @@ class Problem:
         return OPERATORS[self.op2](OPERATORS[self.op1](self.a, self.b), self.c)
 
     @property
-    def split(self) -> str:
-        """train (90%), validation (5%) or test (5%), by a hash that no seed changes.
+    def steps(self) -> str:
+        inner = OPERATORS[self.op1](self.a, self.b)
+        return (
+            f"{self.a} {self.op1} {self.b} = {inner}\n{inner} {self.op2} {self.c} = {self.answer}"
+        )
 
-        Commutative operands are sorted first: (3 + 4) * 5 and (4 + 3) * 5 are one problem.
-        """
+    @property
+    def split(self) -> str:
+        """By a hash, commutative operands sorted: (3 + 4) * 5 and (4 + 3) * 5 are one problem."""
         a, b = (self.a, self.b) if self.op1 == "-" else sorted((self.a, self.b))
-        bucket = zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode()) % 20
-        return {0: "test", 1: "validation"}.get(bucket, "train")
+        return split_of(f"({a} {self.op1} {b}) {self.op2} {self.c}")
 
 
 # Worked examples for a prompt, all of them training problems.
 EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(9, "-", 2, "-", 5), Problem(6, "*", 2, "+", 8)]
+EXAMPLES += [Problem(4, "-", 9, "*", 6), Problem(3, "-", 7, "+", 1), Problem(5, "*", 8, "*", 2)]
 
 
-def training_problems(count: int, rng: random.Random, config: Config) -> list[Problem]:
-    """Draw `count` problems of the training split, with replacement."""
-    problems: list[Problem] = []
-    while len(problems) < count:
-        a, b, c = (rng.randint(config.min_operand, config.max_operand) for _ in range(3))
-        problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
-        problems += [problem] if problem.split == "train" else []
-    return problems
+@dataclass(frozen=True)
+class Arithmetic:
+    """All problems with operands low to high. A `ProblemFile` has the same methods."""
+
+    low: int
+    high: int
+    show_steps: bool = False
+
+    def draw(self, count: int, rng: random.Random) -> list[Problem]:
+        """Draw `count` training problems, with replacement."""
+        problems: list[Problem] = []
+        while len(problems) < count:
+            a, b, c = (rng.randint(self.low, self.high) for _ in range(3))
+            problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
+            problems += [problem] if problem.split == "train" else []
+        return problems
+
+    def held_out(self, split: str, count: int) -> list[Problem]:
+        """Return `count` distinct problems of a split (or all it has), the same for every seed."""
+        width = max(0, self.high - self.low + 1)
+        total = 9 * width**3
+
+        def problem_at(index: int) -> Problem:
+            a, b, c = (index // width**i % width + self.low for i in range(3))
+            op1, op2 = divmod(index // width**3, 3)
+            return Problem(a, "+-*"[op1], b, "+-*"[op2], c)
+
+        # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
+        drawn = random.Random(0).sample(range(total), min(total, 40 * count + 1000))
+        return list(islice((p for p in map(problem_at, drawn) if p.split == split), count))
+
+    def examples(self, count: int) -> list[tuple[str, int, str]]:
+        """(question, answer, completion) to show in the prompt."""
+
+        def completion(p: Problem) -> str:
+            return (p.steps + "\n") * self.show_steps + f"<answer>{p.answer}</answer>"
+
+        return [(p.question, p.answer, completion(p)) for p in EXAMPLES[:count]]
+
+    def extremes(self) -> list[str]:
+        """The shortest and the longest question."""
+        numbers = sorted(range(self.low, self.high + 1), key=lambda n: len(str(n)))
+        return [Problem(n, "+", n, "+", n).question for n in (numbers[0], numbers[-1])]
 
 
-def held_out_problems(split: str, count: int, config: Config) -> list[Problem]:
-    """Return `count` distinct problems of a split (or all it has), the same ones for every seed."""
-    width = max(0, config.max_operand - config.min_operand + 1)
-    total = 9 * width**3
-
-    def problem_at(index: int) -> Problem:
-        a, b, c = (index // width**i % width + config.min_operand for i in range(3))
-        op1, op2 = divmod(index // width**3, 3)
-        return Problem(a, "+-*"[op1], b, "+-*"[op2], c)
-
-    # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
-    drawn = random.Random(0).sample(range(total), min(total, 40 * count + 1000))
-    return list(islice((p for p in map(problem_at, drawn) if p.split == split), count))
-
-
-def arithmetic_prompt(config: Config) -> dict:
-    """How the model is asked: system line and worked examples."""
-    name, system, shown = config.model_name, config.system_prompt, EXAMPLES[: config.num_examples]
-    examples = [[p.question, f"<answer>{p.answer}</answer>"] for p in shown]
-    return models.make_prompt(name, system, examples, config.max_new_tokens)
+def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, dict]:
+    """Problems, rewards and prompt of a run. Raises UserError."""
+    low, high = config.min_operand, config.max_operand
+    if not config.problems:
+        problems = Arithmetic(low, high, config.show_steps)
+        if not all(problems.held_out(split, 1) for split in SPLITS):
+            raise UserError(f"--min_operand {low} --max_operand {high}: too few problems; widen it")
+    elif (low, high) == (Config.min_operand, Config.max_operand):
+        problems = ProblemFile(config.problems)
+    else:
+        raise UserError("--problems has no operands; leave out --min_operand and --max_operand")
+    rewards, examples = RewardFile(config.rewards), problems.examples(config.num_examples)
+    rewards.try_out(problems.examples(1)[0][1], examples)
+    return problems, rewards, models.make_prompt(config, examples, rewards.sha256)
 
 
 @torch.no_grad()
@@ -243,25 +280,26 @@ def rollout(
     return Rollout(prompt_ids, prompt_mask, ids, mask.float(), logprobs, unfinished, texts)
 
 
-REWARD_WEIGHTS = {"format": 0.2, "near": 0.2, "exact": 0.6}
+def reward_function(
+    completions: list[str], answers: list[int | str], rewards: RewardFile
+) -> tuple[Tensor, Tensor]:
+    """Returns rewards (N,), each the weighted sum of its K parts, and the parts (N, K)."""
+    pairs = zip(completions, answers, strict=True)
+    parts = torch.tensor([list(rewards.score(text, answer).values()) for text, answer in pairs])
+    return (parts * torch.tensor(list(rewards.weights.values()))).sum(dim=1), parts
 
 
-def reward_function(completions: list[str], answers: list[int]) -> Tensor:
-    """Return the weighted parts of each completion's reward, (N, 3); the reward is their sum."""
-    scores = [score(text, answer) for text, answer in zip(completions, answers, strict=True)]
-    return torch.tensor(scores, dtype=torch.float32) * torch.tensor(list(REWARD_WEIGHTS.values()))
-
-
-def group_advantages(rewards: Tensor, group: int) -> Tensor:
+def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tensor:
     """Normalise rewards (B*G,) within each group of G: (r - mean) / (std + 1e-4). Returns (B*G,).
 
-    DeepSeekMath section 4.1.2, with the sample standard deviation. Exactly 0 where all rewards of a
-    group are equal; a rounded mean would miss that.
+    DeepSeekMath section 4.1.2, with the sample standard deviation; with scale "none", r - mean (Dr.
+    GRPO). Exactly 0 where all rewards of a group are equal; a rounded mean would miss that.
     """
     groups = rewards.view(-1, group)  # (B, G)
     centred = groups - groups.mean(dim=1, keepdim=True)
     equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).masked_fill(equal, 0.0).flatten()
+    std = groups.std(dim=1, keepdim=True) + 1e-4 if scale == "group" else 1.0
+    return (centred / std).masked_fill(equal, 0.0).flatten()
 
 
 def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -282,9 +320,23 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     return torch.expm1(bounded) - bounded + (d - 20.0).relu() * math.expm1(20.0)
 
 
-def completion_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (N, T) over the tokens of each completion, then over completions (eq. 3)."""
-    return ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
+def completion_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
+    """Sum values (N, T) over the tokens of each completion, divide, average over completions.
+
+    Divides by the number of its tokens (DeepSeekMath eq. 3), or by one `length` for all.
+    """
+    lengths = mask.sum(dim=1) if length is None else length
+    return ((values * mask).sum(dim=1) / lengths).mean()
+
+
+def loss_length(mask: Tensor, config: Config) -> float | None:
+    """What `completion_mean` divides the loss of a completion by; mask (N, T) of the whole batch.
+
+    grpo: None, its own length. dr_grpo: a constant (arXiv 2503.20783, section 3.2). dapo: the mean
+    length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12).
+    """
+    mean = distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
+    return {"grpo": None, "dr_grpo": float(config.max_new_tokens), "dapo": mean}[config.loss_type]
 
 
 def grpo_loss(
@@ -294,17 +346,19 @@ def grpo_loss(
     advantages: Tensor,
     mask: Tensor,
     config: Config,
+    length: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO objective, DeepSeekMath eq. 3, as a loss to minimise.
 
-    logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,).
-    Returns the scalar loss and what the metrics record of it.
+    logprobs, old_logprobs, ref_logprobs, mask: (N, T); advantages: (N,); length as returned by
+    `loss_length`. Returns the scalar loss and what the metrics record of it.
     """
     ratio = (logprobs - old_logprobs).exp()  # (N, T)
     unclipped = ratio * advantages[:, None]
-    clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon) * advantages[:, None]
+    low, high = 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon)
+    clipped = ratio.clamp(low, high) * advantages[:, None]
     kl_penalty = kl_term(logprobs, ref_logprobs, config.kl_estimator)
-    loss = -completion_mean(torch.min(unclipped, clipped) - config.beta * kl_penalty, mask)
+    loss = -completion_mean(torch.min(unclipped, clipped) - config.beta * kl_penalty, mask, length)
     with torch.no_grad():
         return loss, {
             "loss": loss.detach(),
@@ -322,6 +376,7 @@ def update_policy(
 
     An update whose gradient is not finite is skipped: it would ruin every weight.
     """
+    length = loss_length(batch.mask, config)
     micro_batches = batch.micro_batches(config.micro_batch_size, reference.fits)
     with torch.no_grad():
         for chunk in micro_batches:
@@ -337,7 +392,7 @@ def update_policy(
             if chunk.old_logprobs is None:
                 chunk.old_logprobs = logprobs.detach()
             inputs = chunk.old_logprobs, chunk.ref_logprobs, chunk.advantages, chunk.mask
-            loss, stats = grpo_loss(logprobs, *inputs, config)
+            loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
             update.update({name: weight * value.item() for name, value in stats.items()})
@@ -356,37 +411,21 @@ def update_policy(
     return {**metrics, "skipped_updates": skipped, "logprob_mismatch": mismatch}
 
 
-def batch_metrics(batch: Rollout, parts: Tensor, group: int) -> dict[str, float]:
-    """What the metrics record of a batch; parts (B*G, 3) as returned by `reward_function`."""
-    length = batch.mask.sum(dim=1)  # (B*G,)
-    formatted, exact = parts[:, 0] > 0, parts[:, 2] > 0
-    zero_std = (batch.advantages.view(-1, group) == 0).all(dim=1)  # (B,)
-    means = zip(REWARD_WEIGHTS, parts.mean(dim=0).tolist(), strict=True)
-    return {
-        "reward": parts.sum(dim=1).mean().item(),
-        **{f"reward_{name}": mean for name, mean in means},
-        "accuracy": exact.float().mean().item(),
-        # Estimated from the samples: the mean of -log p per token.
-        "entropy": -(batch.sampled_logprobs.sum(dim=1) / length).mean().item(),
-        "wrong_in_tags": (formatted & ~exact).float().mean().item(),
-        "truncated": batch.truncated.float().mean().item(),
-        "completion_length": length.mean().item(),
-        "frac_zero_std_groups": zero_std.float().mean().item(),
-    }
-
-
 @dataclass
 class TrainState:
     """What changes during a run, all of it in a checkpoint, and what it works with."""
 
     policy: Policy
     reference: Policy
-    optimizer: Optimizer
     tokenizer: object
+    problems: Arithmetic | ProblemFile
+    rewards: RewardFile
     prompt: dict
-    problem_rng: random.Random
-    token_rng: torch.Generator
+    optimizer: Optimizer | None = None  # this and the generators only in training
+    problem_rng: random.Random | None = None
+    token_rng: torch.Generator | None = None
     learner: nn.Module | None = None  # the policy, wrapped to average gradients over processes
+    last_group: dict | None = None  # the first group of the last iteration, to be read
 
 
 def set_up(config: Config) -> TrainState:
@@ -394,10 +433,9 @@ def set_up(config: Config) -> TrainState:
     device = models.choose_device(config.device)
     models.keep_freed_memory(device)
     model, tokenizer = models.load_model(config.model_name, device)
-    prompt = arithmetic_prompt(config)
-    questions = sorted((p.question for p in held_out_problems("validation", 512, config)), key=len)
-    questions = [questions[0], questions[-1]]  # so that padding is checked too
-    prompts = models.encode_prompts(tokenizer, questions, prompt, device)
+    problems, rewards, prompt = load_task(config)
+    # Of different lengths, so that padding is checked too.
+    prompts = models.encode_prompts(tokenizer, problems.extremes(), prompt, device)
     models.check_length(model, prompts[0], config.max_new_tokens)
     dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
     batch, length = config.batch_size // distributed.world_size(), config.max_new_tokens
@@ -407,8 +445,8 @@ def set_up(config: Config) -> TrainState:
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
     adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
-    reference, problem_rng = frozen_copy(policy), random.Random(config.seed)
-    return TrainState(policy, reference, adamw, tokenizer, prompt, problem_rng, rng)
+    parts = policy, frozen_copy(policy), tokenizer, problems, rewards, prompt
+    return TrainState(*parts, adamw, random.Random(config.seed), rng)
 
 
 def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed: int) -> dict:
@@ -418,7 +456,7 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
     is its own, so that evaluating more often changes nothing in the training.
     """
     rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
-    problems, accuracies = held_out_problems(split, config.eval_problems, config), {}
+    problems, accuracies = state.problems.held_out(split, config.eval_problems), {}
     mine, device, length = distributed.shard(problems), policy.model.device, config.max_new_tokens
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         texts = []
@@ -427,24 +465,26 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
             prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
             texts += rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
         texts = sum(distributed.all_gather(texts), [])
-        scores = [score(text, p.answer) for text, p in zip(texts, problems, strict=True)]
-        accuracies[kind] = accuracy_summary([s.exact for s in scores], [s.format for s in scores])
-    question = problems[0].question
-    example = {"question": question, "completion": texts[0], "exact": scores[0].exact}
+        pairs = zip(texts, problems, strict=True)
+        scores = [state.rewards.score(text, problem.answer) for text, problem in pairs]
+        accuracies[kind] = accuracy_summary(scores)
+    question, exact = problems[0].question, scores[0]["exact"] == 1
+    example = {"question": question, "completion": texts[0], "exact": exact}
     off_task = evaluate_off_task(state, policy, length, seed)
     return {"accuracies": accuracies, "off_task": off_task, "example": example}
 
 
 @torch.no_grad()
 def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
-    """On off-task questions: kl per token and, where answers are known, accuracy."""
+    """On off-task questions: kl per token and, where answers are known, accuracy by rewards.py."""
     asked, tokenizer = state.prompt["off_task"], state.tokenizer
     questions, answers = list(asked["questions"]), asked["questions"].values()
     prompts = models.encode_prompts(tokenizer, questions, asked, policy.model.device)
     batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))
     kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
     pairs = zip(batch.texts, answers, strict=True)
-    right = [score(text, answer).exact for text, answer in pairs if answer is not None]
+    score = RewardFile().score
+    right = [score(text, answer)["exact"] for text, answer in pairs if answer is not None]
     return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
 
 
@@ -452,15 +492,18 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
     group, device = config.num_generations, state.policy.model.device
-    problems = distributed.shard(training_problems(config.batch_size, state.problem_rng, config))
+    problems = distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
     questions = [problem.question for problem in problems]
     prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
     batch = rollout(
         state.policy, state.tokenizer, prompts, group, config.max_new_tokens, state.token_rng
     )
-    parts = reward_function(batch.texts, [p.answer for p in problems for _ in range(group)])
-    batch.advantages = group_advantages(parts.sum(dim=1), group).to(device)  # (B*G,)
-    metrics = batch_metrics(batch, parts, group)
+    answers = [problem.answer for problem in problems for _ in range(group)]
+    rewards, parts = reward_function(batch.texts, answers, state.rewards)
+    batch.advantages = group_advantages(rewards, group, config.scale_rewards).to(device)  # (B*G,)
+    parts = dict(zip(state.rewards.weights, parts.unbind(dim=1), strict=True))
+    metrics = batch_metrics(batch, rewards, parts, group)
+    state.last_group = completions_record(problems[0], batch, parts, group)
     learner = state.learner or state.policy
     metrics |= update_policy(learner, state.reference, state.optimizer, batch, config)
     metrics["seconds"] = time.perf_counter() - started

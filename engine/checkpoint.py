@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import distributed
 from engine.cli import UserError
 
-METRICS_FILE = "grpo_metrics.json"
+METRICS_FILE, COMPLETIONS_FILE = "grpo_metrics.json", "grpo_completions.jsonl"
 CHECKPOINTS = "checkpoints"
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -53,6 +53,28 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write valid JSON: NaN and infinities become null."""
     write_bytes(path, json.dumps(finite(content), allow_nan=False, indent=1).encode())
+
+
+def append_line(path: Path, content: dict) -> None:
+    """Append a line of JSON and flush it to disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(content), allow_nan=False) + "\n")
+    sync(path)
+
+
+def cut_lines(path: Path, iteration: int) -> None:
+    """Drop the lines of a JSONL file that a kill left after an iteration, whole or half."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line)
+    write_bytes(path, b"".join(kept))
 
 
 def finite(value):

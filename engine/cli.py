@@ -1,12 +1,16 @@
 """Settings from the command line: a dataclass whose fields carry their help and their range."""
 
 import dataclasses
+import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import HfArgumentParser
+
+ROOT = Path(__file__).resolve().parent.parent
+UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -34,9 +38,9 @@ class Parser(HfArgumentParser):
 
 def check_text(what: str, text: str) -> None:
     """Raise UserError if `text` holds control characters (but tab and newline) or surrogates."""
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n":
-            raise UserError(f"{what} holds the control character {character!r}; leave it out")
+    found = UNPRINTABLE.search(text)
+    if found:
+        raise UserError(f"{what} holds the control character {found[0]!r}; leave it out")
 
 
 class Range(str):

@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import inspect
+import json
 import os
 import platform
 import shlex
@@ -20,11 +22,10 @@ from torch import Tensor, nn
 
 from engine import distributed
 from engine.checkpoint import read_json, replace_folder, write_json
-from engine.cli import UserError, check_text
+from engine.cli import ROOT, UserError, check_text
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT_FILE = "grpo_prompt.json"
 SOURCE_FILE = "grpo_source.json"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -221,17 +222,37 @@ OFF_TASK = {
 }
 
 
-def make_prompt(
-    model_name: str, system: str, examples: list[list[str]], max_new_tokens: int
-) -> dict:
-    """How to ask a model, as grpo_prompt.json keeps it beside the weights.
+def template_kwargs(text: str) -> dict:
+    """Read --chat_template_kwargs. Raises UserError."""
+    try:
+        kwargs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--chat_template_kwargs {text}: not valid JSON: {error}") from error
+    taken = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+    if not isinstance(kwargs, dict) or kwargs.keys() & (taken.keys() - {"kwargs"}):
+        raise UserError(
+            f"--chat_template_kwargs {text}: must be a JSON object of variables that the chat"
+            ' template reads, like {"enable_thinking": false}'
+        )
+    return kwargs
 
-    {"system": str, "examples": [[question, answer], ...], "max_new_tokens": int, "off_task":
-    {"system": str, "questions": {question: answer, or None where there is no single one}}}
+
+def make_prompt(config, examples: list[tuple], rewards_sha256: str) -> dict:
+    """How to ask a model, as grpo_prompt.json keeps it beside the weights, from a Config.
+
+    {"system": str, "examples": [[question, completion], ...], "chat_template_kwargs": {...},
+    "max_new_tokens": int, "task": {settings}, "off_task": {"system": str, "questions": {question:
+    answer, or None where there is no single one}}}
     """
-    own = read_prompt(model_name) or {}
-    prompt = {"system": system, "examples": examples, "max_new_tokens": max_new_tokens}
-    return {**prompt, "off_task": own.get("off_task", OFF_TASK)}
+    names = "problems", "min_operand", "max_operand", "rewards"
+    return {
+        "system": config.system_prompt,
+        "examples": [[question, completion] for question, _, completion in examples],
+        "chat_template_kwargs": template_kwargs(config.chat_template_kwargs),
+        "max_new_tokens": config.max_new_tokens,
+        "task": {n: getattr(config, n) for n in names} | {"rewards_sha256": rewards_sha256},
+        "off_task": (read_prompt(config.model_name) or {}).get("off_task", OFF_TASK),
+    }
 
 
 def read_prompt(name: str) -> dict | None:
@@ -242,12 +263,16 @@ def read_prompt(name: str) -> dict | None:
     file = folder / PROMPT_FILE
     prompt = read_json(file)
     examples, tokens = prompt.get("examples"), prompt.get("max_new_tokens")
-    off_task = prompt.get("off_task", OFF_TASK)
+    off_task, task = prompt.get("off_task", OFF_TASK), prompt.get("task", {})
     if not (
         isinstance(prompt.get("system"), str)
         and isinstance(examples, list)
         and all(isinstance(e, list) and [type(t) for t in e] == [str, str] for e in examples)
         and (type(tokens) is int and tokens > 0)
+        and isinstance(prompt.get("chat_template_kwargs", {}), dict)
+        and isinstance(task, dict)
+        and all(isinstance(task.get(n, ""), str) for n in ("problems", "rewards", "rewards_sha256"))
+        and all(type(task.get(name, 0)) is int for name in ("min_operand", "max_operand"))
         and isinstance(off_task, dict)
         and isinstance(off_task.get("system"), str)
         and isinstance(off_task.get("questions"), dict)
@@ -271,7 +296,12 @@ def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tup
         opening.append({"role": "assistant", "content": answer})
     chats = [[*opening, {"role": "user", "content": question}] for question in questions]
     try:
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        texts = tokenizer.apply_chat_template(
+            chats,
+            tokenize=False,
+            add_generation_prompt=True,
+            **prompt.get("chat_template_kwargs", {}),
+        )
     except Exception as error:  # the template is foreign code, run in a sandbox
         raise UserError(f"the model's chat template fails: {error}") from error
     batch = tokenizer(
@@ -330,19 +360,24 @@ def model_card(metrics: dict) -> str:
     best = metrics["best_iteration"]
     off_task = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best]
     source = metrics["environment"].get("model_source") or {}
+    low, high = config["min_operand"], config["max_operand"]
+    task = f"`What is (a op1 b) op2 c?`, for operands {low} to {high} and the operators + - *"
+    if config["problems"]:
+        file = Path(config["problems"]).name
+        task = f"the questions of {file} (SHA-256 {metrics['environment']['problems_sha256']})"
+    judge = Path(config["rewards"] or "rewards.py").name
     settings = config | {f"base model: {name}": value for name, value in source.items()}
     recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""---
 base_model: {source.get("model", config["model_name"])}
-tags: [grpo, arithmetic]
+tags: [grpo]
 ---
-# {config["model_name"]} after GRPO on arithmetic
+# {config["model_name"]} after GRPO
 
-Answers `What is (a op1 b) op2 c?` with `<answer>N</answer>`, for operands {config["min_operand"]}
-to {config["max_operand"]} and the operators + - *. Trained by `train_grpo.py` from
-{config["model_name"]}. This is the policy after iteration {best}, the best of
-{len(metrics["iterations"])} by validation accuracy. {PROMPT_FILE} holds the system line and the
-worked examples of its prompt.
+Answers {task}. Trained by `train_grpo.py` from {config["model_name"]} with the rewards of {judge}
+(SHA-256 {metrics["environment"]["rewards_sha256"]}). This is the policy after iteration {best},
+the best of {len(metrics["iterations"])} by validation accuracy. {PROMPT_FILE} holds the system line
+and the worked examples of its prompt.
 
 ## Measured on held-out test problems
 

@@ -17,15 +17,20 @@ from tqdm import tqdm
 from engine import distributed
 from engine.checkpoint import (
     CHECKPOINTS,
+    COMPLETIONS_FILE,
     METRICS_FILE,
+    append_line,
     checkpoints_in,
+    cut_lines,
     load_checkpoint,
     read_json,
     restore,
     save_checkpoint,
+    sha256,
     write_json,
 )
 from engine.cli import UserError
+from engine.metrics import describe
 from engine.models import (
     describe_environment,
     fingerprint,
@@ -35,38 +40,17 @@ from engine.models import (
     save_model,
 )
 from engine.policy import Policy
+from engine.problems import find_file
 
 WINDOW = 50  # iterations over which a run is judged
 MAX_SKIPPED = 10  # updates in a row
+# Of the environment. Torch and threads may differ, with a note.
+COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
+COMPARED += ("policy", "compute_dtype", "torch", "threads")
 # Settings that a resumed run may change, because they change no weight.
 FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every", "policy"}
-FREE |= {"patience", "max_kl"}
-
-
-def accuracy_summary(exact: list[bool], formatted: list[bool]) -> dict:
-    """Share of exact answers with its 95% interval (`low`, `high`), and of well-formed ones.
-
-    The score interval of Wilson (1927), which holds near 0 and near 1 too.
-    """
-    n, z2 = len(exact), 1.96**2
-    p = sum(exact) / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    margin = math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
-    return {
-        "accuracy": p,
-        "low": min(p, max(0.0, centre - margin)),  # at 0 and 1 rounding could pass p
-        "high": max(p, min(1.0, centre + margin)),
-        "format": sum(formatted) / n,
-        "problems": n,
-    }
-
-
-def describe(accuracies: dict[str, dict]) -> str:
-    """`sampled 36.1% (32.1-40.4), greedy ...`, with the intervals in brackets."""
-    return ", ".join(
-        f"{name} {100 * s['accuracy']:.1f}% ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
-        for name, s in accuracies.items()
-    )
+FREE |= {"patience", "max_kl", "log_completions_every"}
+FREE |= {"problems", "rewards"}  # their hashes are compared
 
 
 def run_status(output: Path) -> str | None:
@@ -115,7 +99,7 @@ def checkpoint_to_resume(now: dict) -> tuple[dict, dict] | None:
     try:
         pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - FREE}
         pairs = {f"--{name}": pair for name, pair in sorted(pairs.items())}
-        for name in ("device", "base_model_crc32", "policy", "compute_dtype", "torch", "threads"):
+        for name in COMPARED:
             pairs[name] = then["environment"].get(name), now["environment"][name]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {output} holds no checkpoint of train_grpo.py") from error
@@ -185,16 +169,22 @@ def lacks_signal(history: list[dict]) -> bool:
 
 def no_signal_text(history: list[dict], example: dict) -> str:
     """What to tell the user of a run that `lacks_signal`."""
-    names = "reward_format", "accuracy", "entropy", "truncated"
-    tags, right, entropy, truncated = (fmean(m[name] for m in history[-WINDOW:]) for name in names)
+    means = {name: fmean(m[name] for m in history[-WINDOW:]) for name in history[-1]}
+    parts = ", ".join(
+        f"{name.removeprefix('reward_')} {mean:.2f}"
+        for name, mean in means.items()
+        if name.startswith("reward_")
+    )
     return (
         f"warning: for {WINDOW} iterations the completions of every group got equal rewards, so"
-        " there was nothing to learn from. Likely causes: completions are cut off before the answer"
-        f" ({truncated:.0%} truncated; try a larger --max_new_tokens, or a chat template without"
-        f" thinking); the model never writes the tags (format reward {tags:.2f}; try"
-        f" --num_examples 3); the task is too hard or too easy ({right:.0%} exact; try another"
-        f" --max_operand); the learning rate is too high and entropy is gone ({entropy:.2f}; try a"
-        f" smaller --learning_rate). At the last evaluation it answered {example['question']!r}"
+        " there was nothing to learn from. Likely causes: completions end before the answer"
+        f" ({means['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
+        " without thinking); the model never answers in the form that the reward asks for"
+        f" ({parts}; try --num_examples 3); the task is too hard or too easy"
+        f" ({means['accuracy']:.0%} exact;"
+        " try other problems); the learning rate is too high and entropy is gone"
+        f" ({means['entropy']:.2f}; try a smaller --learning_rate). At the last evaluation it"
+        f" answered {example['question']!r}"
         f" with {example['completion']!r}"
     )
 
@@ -209,17 +199,20 @@ class RunLogger:
                 raise UserError("the processes chose different policies; try --policy plain")
         self.state, self.output = state, Path(settings["output_dir"])
         self.writes = distributed.rank() == 0
-        model = state.policy.model
+        model, problems = state.policy.model, settings["problems"]
         environment = {
             **describe_environment(model.device),
             "policy": state.policy.name,
             "compute_dtype": str(state.policy.compute_dtype),
             "base_model_crc32": fingerprint(model),
             "model_source": read_source(settings["model_name"]),
+            "problems_sha256": problems and sha256(find_file("--problems", problems)),
+            "rewards_sha256": state.rewards.sha256,
         }
         self.metrics = {
             "config": settings,
             "environment": environment,
+            "reward_weights": state.rewards.weights,
             "status": "running",
             "stop_reason": None,
             "seconds": 0.0,
@@ -246,6 +239,8 @@ class RunLogger:
         if rest:
             with distributed.sync_errors():
                 restore(self.state, self.metrics, tensors, rest)
+            if self.writes:
+                cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
             print(f"resuming after iteration {self.iteration}")
 
     @property
@@ -296,6 +291,7 @@ class RunLogger:
         if lacks_signal(history) and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
             tqdm.write(no_signal_text(history, self.metrics["evaluations"][-1]["example"]))
+        self.log_completions()
         every = self.metrics["config"]["checkpoint_every"]
         late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
         due = self.iteration - self.last_checkpoint >= (every or 25) and (every or late)
@@ -304,6 +300,14 @@ class RunLogger:
             self.checkpoint()
         elif self.iteration % 25 == 0:
             self.write_metrics()
+
+    def log_completions(self) -> None:
+        every = self.metrics["config"]["log_completions_every"]
+        file = self.output / COMPLETIONS_FILE
+        if self.writes and self.iteration == 1:
+            file.unlink(missing_ok=True)  # of an earlier run
+        if self.writes and every and self.iteration % every == 0:
+            append_line(file, {"iteration": self.iteration, **self.state.last_group})
 
     def reason_to_stop(self) -> tuple[str, str] | None:
         return reason_to_stop(self.metrics)
