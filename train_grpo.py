@@ -99,16 +99,23 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "reference": {},
-    # Zero-shot it never writes the tags and earns nothing; three worked examples fix that. Few
-    # answers are right at first, so batches are large. bfloat16 halves the time on a CPU.
+    # Asked for the bare answer, it is right on 4%; asked to show its two steps, on 17%: far more
+    # groups have something to compare. Without worked examples it never writes the tags. Each
+    # example makes every pass longer; three are enough. bfloat16 halves the time on a CPU.
     "smollm2": {
         "model_name": "models/SmolLM2-135M-Instruct",
+        "rewards": "examples/reasoning.py",
+        "system_prompt": "Work it out in two steps, then give the number as <answer>N</answer>.",
         "num_examples": 3,
+        "show_steps": True,
+        "max_new_tokens": 40,
         "dtype": "bfloat16",
-        "learning_rate": 2e-5,
+        "learning_rate": 5e-5,
         "batch_size": 16,
-        "num_inner_updates": 1,
+        "num_iterations": 200,
+        "num_inner_updates": 2,
         "kl_estimator": "k3",
+        "eval_every": 40,
     },
     # A small model needs a much higher learning rate, and so larger batches; completions that share
     # prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
