@@ -57,9 +57,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type; auto: bfloat16 on cuda if native, else float32; weights are float32"
     )
-    policy: Literal["auto", "tree", "plain"] = setting(
-        "auto", "tree reads each distinct prefix once; auto falls back to plain if it does not fit"
-    )
+    policy: Literal["auto", "tree", "plain"] = setting("auto", "auto: tree if it fits, else plain")
     # The task, and how it is asked. Answers have at most nine digits, as many as the reward reads.
     problems: str = setting("", "JSONL file of questions and answers; without it, arithmetic")
     rewards: str = setting("", "Python file that scores completions; without it, rewards.py")
@@ -173,10 +171,8 @@ class Problem:
 
     @property
     def steps(self) -> str:
-        inner = OPERATORS[self.op1](self.a, self.b)
-        return (
-            f"{self.a} {self.op1} {self.b} = {inner}\n{inner} {self.op2} {self.c} = {self.answer}"
-        )
+        mid = OPERATORS[self.op1](self.a, self.b)
+        return f"{self.a} {self.op1} {self.b} = {mid}\n{mid} {self.op2} {self.c} = {self.answer}\n"
 
     @property
     def split(self) -> str:
@@ -223,11 +219,10 @@ class Arithmetic:
 
     def examples(self, count: int) -> list[tuple[str, int, str]]:
         """(question, answer, completion) to show in the prompt."""
-
-        def completion(p: Problem) -> str:
-            return (p.steps + "\n") * self.show_steps + f"<answer>{p.answer}</answer>"
-
-        return [(p.question, p.answer, completion(p)) for p in EXAMPLES[:count]]
+        return [
+            (p.question, p.answer, p.steps * self.show_steps + f"<answer>{p.answer}</answer>")
+            for p in EXAMPLES[:count]
+        ]
 
     def extremes(self) -> list[str]:
         """The shortest and the longest question."""
@@ -261,10 +256,7 @@ def rollout(
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
 ) -> Rollout:
-    """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy.
-
-    A completion ends with an end-of-sequence token or after max_new_tokens.
-    """
+    """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy."""
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
     eos_ids = torch.tensor(models.eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
     unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)  # (B*G,)
@@ -328,10 +320,7 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 
 
 def completion_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
-    """Sum values (N, T) over the tokens of each completion, divide, average over completions.
-
-    Divides by the number of its tokens (DeepSeekMath eq. 3), or by one `length` for all.
-    """
+    """Sum values (N, T) over tokens, divide by `length` (default: their number), average over N."""
     lengths = mask.sum(dim=1) if length is None else length
     return ((values * mask).sum(dim=1) / lengths).mean()
 
@@ -342,8 +331,9 @@ def loss_length(mask: Tensor, config: Config) -> float | None:
     grpo: None, its own length. dr_grpo: a constant (arXiv 2503.20783, section 3.2). dapo: the mean
     length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12).
     """
-    mean = distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
-    return {"grpo": None, "dr_grpo": float(config.max_new_tokens), "dapo": mean}[config.loss_type]
+    if config.loss_type == "dapo":
+        return distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
+    return float(config.max_new_tokens) if config.loss_type == "dr_grpo" else None
 
 
 def grpo_loss(
@@ -414,8 +404,7 @@ def update_policy(
     metrics |= {name: updates[0][name] for name in ("kl", "kl_penalty")}
     gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max() for m in micro_batches]
     mismatch = max(distributed.all_gather(torch.stack(gaps).max().item()))
-    skipped = len(updates) - len(taken)
-    return {**metrics, "skipped_updates": skipped, "logprob_mismatch": mismatch}
+    return {**metrics, "skipped_updates": len(updates) - len(taken), "logprob_mismatch": mismatch}
 
 
 @dataclass
@@ -498,13 +487,11 @@ def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int)
 def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
-    group, device = config.num_generations, state.policy.model.device
+    group, length, device = config.num_generations, config.max_new_tokens, state.policy.model.device
     problems = distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
     questions = [problem.question for problem in problems]
     prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
-    batch = rollout(
-        state.policy, state.tokenizer, prompts, group, config.max_new_tokens, state.token_rng
-    )
+    batch = rollout(state.policy, state.tokenizer, prompts, group, length, state.token_rng)
     answers = [problem.answer for problem in problems for _ in range(group)]
     rewards, parts = reward_function(batch.texts, answers, state.rewards)
     batch.advantages = group_advantages(rewards, group, config.scale_rewards).to(device)  # (B*G,)

@@ -43,16 +43,29 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def c_library(device: torch.device) -> ctypes.CDLL | None:
+    """glibc, if that is what allocates tensors on this device."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    return libc if hasattr(libc, "mallopt") else None
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """Have the C library keep freed memory for later tensors, on a CPU with glibc.
 
     By default it returns large blocks to the system, which must zero every page before handing it
     out again: a tenth of an iteration or more.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):
+    libc = c_library(device)
+    if libc:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Give the memory that was kept back: over many iterations it fragments and grows."""
+    libc = c_library(device)
+    if libc:
+        libc.malloc_trim(0)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -224,16 +237,18 @@ OFF_TASK = {
 
 def template_kwargs(text: str) -> dict:
     """Read --chat_template_kwargs. Raises UserError."""
+    flag = f"--chat_template_kwargs {text:.80}"
     try:
         kwargs = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--chat_template_kwargs {text}: not valid JSON: {error}") from error
-    taken = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
-    if not isinstance(kwargs, dict) or kwargs.keys() & (taken.keys() - {"kwargs"}):
+        raise UserError(f"{flag}: not valid JSON: {error}") from error
+    apply = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
+    if not isinstance(kwargs, dict) or kwargs.keys() & {*apply.parameters, "messages"}:
         raise UserError(
-            f"--chat_template_kwargs {text}: must be a JSON object of variables that the chat"
-            ' template reads, like {"enable_thinking": false}'
+            f"{flag}: must be a JSON object of variables that the chat template reads, like"
+            ' {"enable_thinking": false}'
         )
+    check_text("--chat_template_kwargs", json.dumps(kwargs, ensure_ascii=False))
     return kwargs
 
 

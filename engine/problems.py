@@ -4,18 +4,21 @@ A problem file has one `{"question": ..., "answer": ...}` per line. Optional: "s
 "completion", what a worked example shows. A reward file has the contract of `rewards.py`.
 """
 
-import importlib.util
+import codecs
+import hashlib
 import json
 import math
 import random
+import sys
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-from engine.checkpoint import sha256
 from engine.cli import ROOT, UserError, check_text
 
 SPLITS = ("train", "validation", "test")
+TAKEN = {"text", "advantage", "tokens", "truncated"}  # beside the parts in COMPLETIONS_FILE
 ODD_COMPLETION = "<answer>\0\u0667\u2212</answer> \U0001f642<answer>"
 
 
@@ -24,12 +27,13 @@ def split_of(text: str) -> str:
     return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 20, "train")
 
 
-def find_file(flag: str, name: str) -> Path:
-    """The file called `name`, here or in this repository. Raises UserError if there is none."""
-    for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
-    raise UserError(f"{flag} {name}: no such file")
+def read_file(flag: str, name: str) -> tuple[Path, bytes]:
+    """The file called `name`, here or in this repository, and its content. Raises UserError."""
+    try:
+        path = Path(name) if Path(name).exists() else ROOT / name
+        return path, path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {name}: {error.strerror}") from error
 
 
 class Problem(NamedTuple):
@@ -42,29 +46,24 @@ class Problem(NamedTuple):
 
 
 def read_problem(line: bytes) -> Problem:
-    """Read one line. Raises ValueError with what is wrong with it."""
+    """Read one line. Raises UserError with what is wrong with it."""
     try:
         item = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
+        raise UserError(f"not valid JSON ({error})") from error
     if not isinstance(item, dict):
-        raise ValueError('not an object like {"question": "...", "answer": "..."}')
+        raise UserError('not an object like {"question": "...", "answer": "..."}')
     question, answer = item.get("question"), item.get("answer")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'"question" must be a text, not {question!r}')
-    if type(answer) not in (str, int) or answer == "":
-        raise ValueError(f'"answer" must be a text or an integer, not {answer!r}')
-    split = item.get("split", split_of(question) if question.isprintable() else "train")
-    if split not in SPLITS:
-        raise ValueError(f'"split" must be one of {", ".join(SPLITS)}, not {split!r}')
+    if type(answer) not in (str, int):
+        raise UserError(f'"answer" must be a text or an integer, not {answer!r:.80}')
     completion = item.get("completion", f"<answer>{answer}</answer>")
-    if not isinstance(completion, str) or not completion:
-        raise ValueError(f'"completion" must be a text, not {completion!r}')
     for name, text in (("question", question), ("answer", str(answer)), ("completion", completion)):
-        try:
-            check_text(f'"{name}"', text)
-        except UserError as error:
-            raise ValueError(str(error)) from error
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'"{name}" must be a text that is not blank, not {text!r:.80}')
+        check_text(f'"{name}"', text)
+    split = item.get("split", split_of(question))
+    if split not in SPLITS:
+        raise UserError(f'"split" must be one of {", ".join(SPLITS)}, not {split!r:.80}')
     return Problem(question, answer, split, completion)
 
 
@@ -72,20 +71,20 @@ class ProblemFile:
     """The problems of a JSONL file. Raises UserError with file and line."""
 
     def __init__(self, name: str):
-        path = find_file("--problems", name)
+        content = read_file("--problems", name)[1]
+        self.sha256 = hashlib.sha256(content).hexdigest()
         self.splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
         seen: dict[str, tuple[int, Problem]] = {}
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 problem = read_problem(line)
                 earlier, known = seen.setdefault(problem.question, (number, problem))
                 if earlier != number and known[:3] != problem[:3]:
-                    raise ValueError(
-                        f"the question of line {earlier}, with another answer or split"
-                    )
-            except ValueError as error:
+                    raise UserError(f"the question of line {earlier}, with another answer or split")
+            except UserError as error:
                 raise UserError(f"--problems {name}, line {number}: {error}") from error
             if earlier == number:
                 self.splits[problem.split].append(problem)
@@ -112,7 +111,7 @@ class ProblemFile:
     def extremes(self) -> list[str]:
         """The shortest and the longest question of all splits."""
         questions = [p.question for problems in self.splits.values() for p in problems]
-        return [min(questions, key=len), max(questions, key=len)]
+        return [size(questions, key=lambda q: len(q.encode())) for size in (min, max)]
 
 
 class RewardFile:
@@ -122,24 +121,27 @@ class RewardFile:
     """
 
     def __init__(self, name: str = ""):
-        self.path = find_file("--rewards", name or str(ROOT / "rewards.py"))
-        self.sha256 = sha256(self.path)
-        spec = importlib.util.spec_from_file_location("reward_file", self.path)
-        if spec is None:
+        self.path, source = read_file("--rewards", name or str(ROOT / "rewards.py"))
+        if self.path.suffix != ".py":
             raise UserError(f"--rewards {name}: not a Python file (.py)")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        self.sha256 = hashlib.sha256(source).hexdigest()
+        module = ModuleType(f"rewards_{self.sha256}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module  # where dataclasses look it up
+        # No import: it might take older byte code from __pycache__, which the hash does not cover.
+        exec(compile(source, self.path, "exec"), vars(module))
         self.weights, self.function = (getattr(module, n, None) for n in ("WEIGHTS", "score"))
         self.parse = getattr(module, "parse", lambda completion: completion)
         if not (
             isinstance(self.weights, dict)
             and all(isinstance(part, str) and part.isidentifier() for part in self.weights)
+            and not self.weights.keys() & TAKEN
             and all(type(w) in (int, float) and math.isfinite(w) for w in self.weights.values())
             and "exact" in self.weights
         ):
             raise UserError(
-                f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them,"
-                f" not {self.weights!r}"
+                f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them"
+                f" and not {', '.join(sorted(TAKEN))}; it is {self.weights!r}"
             )
         if not callable(self.function):
             raise UserError(f"{self.path}: defines no function score(completion, answer)")

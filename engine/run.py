@@ -26,7 +26,6 @@ from engine.checkpoint import (
     read_json,
     restore,
     save_checkpoint,
-    sha256,
     write_json,
 )
 from engine.cli import UserError
@@ -37,10 +36,10 @@ from engine.models import (
     load_model,
     peak_memory,
     read_source,
+    return_freed_memory,
     save_model,
 )
 from engine.policy import Policy
-from engine.problems import find_file
 
 WINDOW = 50  # iterations over which a run is judged
 MAX_SKIPPED = 10  # updates in a row
@@ -206,7 +205,7 @@ class RunLogger:
             "compute_dtype": str(state.policy.compute_dtype),
             "base_model_crc32": fingerprint(model),
             "model_source": read_source(settings["model_name"]),
-            "problems_sha256": problems and sha256(find_file("--problems", problems)),
+            "problems_sha256": problems and state.problems.sha256,
             "rewards_sha256": state.rewards.sha256,
         }
         self.metrics = {
@@ -291,6 +290,8 @@ class RunLogger:
         if lacks_signal(history) and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
             tqdm.write(no_signal_text(history, self.metrics["evaluations"][-1]["example"]))
+        if metrics["seconds"] > 1:  # a short iteration would pay more than this saves
+            return_freed_memory(self.state.policy.model.device)
         self.log_completions()
         every = self.metrics["config"]["checkpoint_every"]
         late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
