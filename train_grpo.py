@@ -329,7 +329,7 @@ def loss_length(mask: Tensor, config: Config) -> float | None:
     """What `completion_mean` divides the loss of a completion by; mask (N, T) of the whole batch.
 
     grpo: None, its own length. dr_grpo: a constant (arXiv 2503.20783, section 3.2). dapo: the mean
-    length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12).
+    length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12: of a group).
     """
     if config.loss_type == "dapo":
         return distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
@@ -427,7 +427,7 @@ class TrainState:
 def set_up(config: Config) -> TrainState:
     """Load the model and check that it can be trained. Raises UserError."""
     device = models.choose_device(config.device)
-    models.keep_freed_memory(device)
+    models.tune_cpu_memory(device)
     model, tokenizer = models.load_model(config.model_name, device)
     problems, rewards, prompt = load_task(config)
     # Of different lengths, so that padding is checked too.
@@ -473,7 +473,8 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
 @torch.no_grad()
 def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
     """On off-task questions: kl per token and, where answers are known, accuracy by rewards.py."""
-    asked, tokenizer = state.prompt["off_task"], state.tokenizer
+    asked = {**state.prompt, "examples": [], **state.prompt["off_task"]}
+    tokenizer = state.tokenizer
     questions, answers = list(asked["questions"]), asked["questions"].values()
     prompts = models.encode_prompts(tokenizer, questions, asked, policy.model.device)
     batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))

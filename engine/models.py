@@ -43,29 +43,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def c_library(device: torch.device) -> ctypes.CDLL | None:
-    """glibc, if that is what allocates tensors on this device."""
+def tune_cpu_memory(device: torch.device) -> None:
+    """Keep freed memory for later tensors, and few compiled kernels."""
+    # oneDNN keeps a kernel for each of the last 1,024 shapes, and here almost every pass has a new
+    # shape: 50 MB more per iteration of SmolLM2, without end. It reads these at its first use.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "10")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20")
+    # By default glibc returns large blocks to the system, which must zero every page before handing
+    # it out again: a tenth of an iteration or more.
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    return libc if hasattr(libc, "mallopt") else None
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Have the C library keep freed memory for later tensors, on a CPU with glibc.
-
-    By default it returns large blocks to the system, which must zero every page before handing it
-    out again: a tenth of an iteration or more.
-    """
-    libc = c_library(device)
-    if libc:
+    if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
-
-
-def return_freed_memory(device: torch.device) -> None:
-    """Give the memory that was kept back: over many iterations it fragments and grows."""
-    libc = c_library(device)
-    if libc:
-        libc.malloc_trim(0)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

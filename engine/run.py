@@ -36,7 +36,6 @@ from engine.models import (
     load_model,
     peak_memory,
     read_source,
-    return_freed_memory,
     save_model,
 )
 from engine.policy import Policy
@@ -290,8 +289,6 @@ class RunLogger:
         if lacks_signal(history) and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
             tqdm.write(no_signal_text(history, self.metrics["evaluations"][-1]["example"]))
-        if metrics["seconds"] > 1:  # a short iteration would pay more than this saves
-            return_freed_memory(self.state.policy.model.device)
         self.log_completions()
         every = self.metrics["config"]["checkpoint_every"]
         late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
