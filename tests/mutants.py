@@ -322,12 +322,16 @@ an error of another rank goes unnoticed
 = train_grpo.py
 : test_distributed.py::test_two_processes_compute_gradients_and_weights_of_one
 training problems are not sharded
-- distributed.shard(training_problems(config.batch_size, state.problem_rng, config))
-+ training_problems(config.batch_size, state.problem_rng, config)
+- distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
++ state.problems.draw(config.batch_size, state.problem_rng)
 
 metrics of the first process alone
 - all_reduce_mean(metrics)
 + all_gather(metrics)[0]
+
+the tokens of dapo counted in one process alone
+- distributed.all_reduce_mean({"length": mask
++ dict({"length": mask
 
 : test_distributed.py::test_each_process_samples_with_its_own_seed
 every process samples with the same seed
@@ -362,15 +366,29 @@ missing detach
 - chunk.old_logprobs = logprobs.detach()
 + chunk.old_logprobs = logprobs
 
+: test_updates.py::test_tokens_weigh_the_same_in_any_micro_batch
+the length of the batch not passed to the loss
+- *inputs, config, length)
++ *inputs, config)
+
+the tokens of dapo counted in one micro-batch alone
+- *inputs, config, length)
++ *inputs, config, loss_length(chunk.mask, config))
+
+: test_updates.py::test_advantages_are_scaled_as_the_setting_says
+the scale of the rewards ignored
+- group_advantages(rewards, group, config.scale_rewards)
++ group_advantages(rewards, group)
+
 : test_updates.py::test_training_moves_the_policy_and_never_the_reference
 the reference is the policy itself
-- frozen_copy(policy), random
-+ policy, random
+- policy, frozen_copy(policy), tokenizer
++ policy, policy, tokenizer
 
 : test_updates.py::test_each_completion_is_scored_against_its_own_answer
 answers in the wrong order
-- [p.answer for p in problems for _ in range(group)]
-+ [p.answer for _ in range(group) for p in problems]
+- [problem.answer for problem in problems for _ in range(group)]
++ [problem.answer for _ in range(group) for problem in problems]
 
 : test_updates.py::test_logprob_mismatch_shows_a_wrong_record_before_the_end
 the mismatch of the first micro-batch alone
@@ -381,14 +399,10 @@ a log-probability recorded after the end
 - logprob.where(unfinished, 0.0)
 + logprob
 
-: test_updates.py::test_batch_metrics_are_the_means_their_names_say
-wrong answers in tags count right ones too
-- (formatted & ~exact)
-+ formatted
-
-groups without signal counted by completion
-- (batch.advantages.view(-1, group) == 0).all(dim=1)
-+ batch.advantages == 0
+: test_rewards.py::test_the_reward_adds_the_weighted_parts
+parts added without their weights
+- (parts * torch.tensor(list(rewards.weights.values()))).sum(dim=1)
++ parts.sum(dim=1)
 
 : test_failures.py::test_an_update_with_an_infinite_gradient_is_skipped
 an update that is not finite is taken
@@ -426,9 +440,68 @@ ratio upside down
 + (old_logprobs - logprobs).exp()
 
 clipped on one side only
-- ratio.clamp(1 - config.epsilon, 
-+ ratio.clamp(None, 
+- ratio.clamp(low, high)
++ ratio.clamp(None, high)
 
+the KL term felt at beta 0
+- - config.beta * kl_penalty
++ - (config.beta or 0.04) * kl_penalty
+
+epsilon_high ignored
+- 1 + (config.epsilon_high or config.epsilon)
++ 1 + config.epsilon
+
+epsilon_high of 0 taken as a bound
+- 1 + (config.epsilon_high or config.epsilon)
++ 1 + config.epsilon_high
+
+clip-higher without its 1
+- 1 + (config.epsilon_high or config.epsilon)
++ config.epsilon_high or 1 + config.epsilon
+
+grpo divides as dapo does
+- if config.loss_type == "dapo":
++ if config.loss_type != "dr_grpo":
+
+dr_grpo divides by the length of the completion
+- return float(config.max_new_tokens) if config.loss_type == "dr_grpo" else None
++ return None
+
+dr_grpo divides by the longest completion
+- return float(config.max_new_tokens) if
++ return float(mask.shape[1]) if
+
+dapo divides by the length of the completion
+- if config.loss_type == "dapo":
++ if False:
+
+dapo divides by the sum of the lengths, not their mean
+- mask.sum(dim=1).mean().item()
++ mask.sum().item()
+
+the length ignored in the loss
+- lengths = mask.sum(dim=1) if length is None else length
++ lengths = mask.sum(dim=1)
+
+: test_loss.py::test_metrics_do_not_depend_on_the_loss_type
+kl averaged as the loss is
+- ref_logprobs, "k3"), mask)
++ ref_logprobs, "k3"), mask, length)
+
+kl_penalty averaged as the loss is
+- completion_mean(kl_penalty, mask)
++ completion_mean(kl_penalty, mask, length)
+
+clip fraction averaged as the loss is
+- unclipped).float(), mask)
++ unclipped).float(), mask, length)
+
+: test_loss.py::test_epsilon_high_moves_the_upper_bound_alone
+epsilon_high moves both bounds
+- low, high = 1 - config.epsilon, 
++ low, high = 1 - (config.epsilon_high or config.epsilon), 
+
+: test_loss.py::test_loss_gradient_and_metrics_equal_equation_3_in_loops
 sign of the KL term in the loss
 - - config.beta
 + + config.beta
@@ -443,12 +516,12 @@ kl logged by the estimator of the loss
 
 : test_loss.py::test_completions_of_any_length_weigh_the_same
 mean over the wrong axis
-- ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
-+ ((values * mask).sum(dim=0) / mask.sum(dim=0)).mean()
+- return ((values * mask).sum(dim=1) / lengths).mean()
++ return ((values * mask).sum(dim=0) / mask.sum(dim=0)).mean()
 
 mean over all tokens alike
-- ((values * mask).sum(dim=1) / mask.sum(dim=1)).mean()
-+ (values * mask).sum() / mask.sum()
+- return ((values * mask).sum(dim=1) / lengths).mean()
++ return (values * mask).sum() / mask.sum()
 
 mask forgotten in the mean
 - ((values * mask).sum(dim=1)
@@ -482,6 +555,14 @@ deviation of the population
 - groups.std(dim=1, keepdim=True)
 + groups.std(dim=1, keepdim=True, correction=0)
 
+rewards never scaled
+- if scale == "group" else 1.0
++ if scale == "batch" else 1.0
+
+rewards always scaled
+- if scale == "group" else 1.0
++ if scale else 1.0
+
 mean over the whole batch
 - groups.mean(dim=1, keepdim=True)
 + groups.mean()
@@ -491,8 +572,8 @@ groups cut across
 + rewards.view(group, -1).T
 
 deviation without its guard
-- std(dim=1, keepdim=True) + 1e-4)
-+ std(dim=1, keepdim=True))
+- std(dim=1, keepdim=True) + 1e-4
++ std(dim=1, keepdim=True)
 
 : test_advantages.py::test_equal_rewards_give_exactly_zero
 equal rewards left to rounding
@@ -533,20 +614,30 @@ operands not sorted
 - else sorted((self.a, self.b))
 + else (self.a, self.b)
 
-: test_split.py::test_split_does_not_depend_on_the_hash_seed_of_python
-split by Python's own hash
-- zlib.crc32(f"({a} {self.op1} {b}) {self.op2} {self.c}".encode())
-+ hash(f"({a} {self.op1} {b}) {self.op2} {self.c}")
-
 : test_split.py::test_no_training_problem_is_held_out_nor_is_its_swap
 validation problems trained on
 - problem.split == "train" else
 + problem.split != "test" else
 
 : test_split.py::test_held_out_problems_do_not_depend_on_the_seed
-held-out problems depend on the seed
+held-out problems drawn unseeded
 - random.Random(0).sample(
-+ random.Random(config.seed).sample(
++ random.sample(
+
+: test_problems.py::test_operands_do_not_go_with_a_problem_file
+operands are ignored with a problem file
+- elif (low, high) == (Config.min_operand, Config.max_operand):
++ elif True:
+
+: test_problems.py::test_off_task_answers_are_scored_by_the_default_rewards
+off-task answers are scored by the user's rewards
+- score = RewardFile().score
++ score = state.rewards.score
+
+: test_completions.py::test_texts_belong_to_the_question_and_earned_their_parts
+the logged question is another group's
+- completions_record(problems[0],
++ completions_record(problems[-1],
 
 = tiny_model/make.py
 : test_split.py::test_the_bundled_model_was_shown_no_held_out_problem
@@ -567,13 +658,32 @@ bfloat16 on cards that only emulate it
 
 : test_stopping.py::test_off_task_questions_belong_to_the_model_not_the_preset
 a model's own off-task questions are not asked
-- own.get("off_task", OFF_TASK)
+- (read_prompt(config.model_name) or {}).get("off_task", OFF_TASK)
 + OFF_TASK
 
 : test_train.py::test_trains_where_fcntl_and_resource_do_not_exist
 a module of Unix is needed
 - except ImportError:
 + except ZeroDivisionError:
+
+: test_prompt.py::test_bad_template_variables_are_one_error
+a template variable may be an argument of the tokenizer
+- {*apply.parameters, "messages"}
++ {"messages"}
+
+: test_prompt.py::test_a_template_gets_its_switch_in_training_and_after
+the template does not get its variables
+- **prompt.get("chat_template_kwargs", {}),
++
+
+the template's variables are not kept
+- template_kwargs(config.chat_template_kwargs),
++ template_kwargs(config.chat_template_kwargs) and {},
+
+: test_problems.py::test_metrics_and_card_name_the_files_and_their_hashes
+the card does not name the problems
+- if config["problems"]:
++ if False:
 
 = rewards.py
 : test_rewards.py::test_each_trick_earns_what_the_table_says
@@ -586,19 +696,212 @@ an answer within prose counts
 + OPEN in text
 
 two answers count
-- if OPEN in content or CLOSE in content:
-+ if False:
+- return None if OPEN in inside or CLOSE in inside else inside
++ return inside
 
 near is the same as two off
-- distance <= 1
-+ distance <= 2
+- abs(found - truth) <= 1
++ abs(found - truth) <= 2
 
-= engine/run.py
+: test_rewards.py::test_a_text_must_match_letter_by_letter
+capitals do not matter in a text
+- given.strip() == str(answer).strip()
++ given.strip().lower() == str(answer).strip().lower()
+
+any text is near another
+- Score(True, same, same)
++ Score(True, True, same)
+
+: test_rewards.py::test_parse_gives_number_else_text_else_nothing
+white space is an answer
+- (given or "").strip() or None if found is None
++ given if found is None
+
+= engine/problems.py
+: test_split.py::test_split_does_not_depend_on_the_hash_seed_of_python
+split by Python's own hash
+- zlib.crc32(text.encode())
++ hash(text)
+
+: test_problems.py::test_a_bad_line_is_one_error_with_file_and_line
+lines are counted from 0
+- enumerate(lines, start=1)
++ enumerate(lines)
+
+true is an answer
+- type(answer) not in (str, int)
++ not isinstance(answer, str | int)
+
+blank questions pass
+- if not isinstance(text, str) or not text.strip():
++ if not isinstance(text, str):
+
+control characters pass
+- check_text(f'"{name}"', text)
++ pass
+
+a question with another answer is kept
+- known[:3] != problem[:3]
++ known.split != problem.split
+
+a question in two splits is kept
+- known[:3] != problem[:3]
++ known.answer != problem.answer
+
+a line nested too deep is a crash
+- except (ValueError, RecursionError) as error:
++ except ValueError as error:
+
+: test_problems.py::test_a_file_without_problems_of_a_split_is_refused
+a split without problems passes
+- if not problems:
++ if not seen:
+
+: test_problems.py::test_a_repeated_line_counts_once
+a repeated line counts twice
+- if earlier == number:
++ if True:
+
+: test_problems.py::test_line_ends_blank_lines_and_byte_order_mark_do_not_matter
+a byte order mark is not skipped
+- content.removeprefix(codecs.BOM_UTF8).splitlines()
++ content.splitlines()
+
+a blank line is an error
+- if not line.strip():
++ if not line:
+
+: test_problems.py::test_the_split_is_a_crc_of_the_question_90_5_5
+questions with white space are all training problems
+- item.get("split", split_of(question))
++ item.get("split", split_of(question) if question.isprintable() else "train")
+
+letters that are not ASCII are not hashed
+- zlib.crc32(text.encode())
++ zlib.crc32(text.encode("ascii", "ignore"))
+
+: test_problems.py::test_a_split_that_is_named_wins
+the split that a line names is ignored
+- item.get("split", split_of(question))
++ split_of(question)
+
+: test_problems.py::test_training_draws_only_training_problems
+held-out problems of a file trained on
+- rng.choices(self.splits["train"], k=count)
++ rng.choices(sum(self.splits.values(), []), k=count)
+
+: test_problems.py::test_held_out_problems_of_a_file_are_the_same_for_every_seed
+held-out problems of a file drawn unseeded
+- random.Random(0).sample(problems
++ random.sample(problems
+
+: test_problems.py::test_worked_examples_are_the_first_training_problems
+the worked examples are the last problems
+- self.splits["train"][:count]
++ self.splits["train"][-count:]
+
+: test_problems.py::test_the_longest_question_is_the_one_of_most_bytes
+questions measured in characters
+- key=lambda q: len(q.encode())
++ key=len
+
+: test_problems.py::test_files_that_cannot_be_read_are_refused
+a file that cannot be read is a crash
+- except OSError as error:
++ except ZeroDivisionError as error:
+
+: test_problems.py::test_a_file_that_breaks_the_contract_is_one_error
+parts may be called as other fields of the log
+- and not self.weights.keys() & TAKEN
++
+
+a weight may be a bool
+- type(w) in (int, float) and
++ isinstance(w, int | float) and
+
+a weight need not be finite
+- and math.isfinite(w) for w
++ for w
+
+no part need be called exact
+- and "exact" in self.weights
++
+
+: test_problems.py::test_a_bad_score_is_one_error_at_the_start
+the number of scores is not checked
+- or len(scores) != len(names):
++ :
+
+NaN passes as a score
+- and 0 <= s <= 1 for s
++ and not (s < 0 or s > 1) for s
+
+the odd completion is not tried
+- self.score(ODD_COMPLETION, answer)
++ pass
+
+: test_problems.py::test_an_error_in_the_users_code_keeps_its_traceback
+the traceback does not name the user's file
+- compile(source, self.path, "exec")
++ compile(source, "<rewards>", "exec")
+
+: test_problems.py::test_a_worked_example_must_earn_exact
+a worked example need not be exact
+- ["exact"] != 1:
++ ["exact"] < 0:
+
+: test_problems.py::test_a_reward_file_may_define_dataclasses
+the module of a reward file is not known to Python
+- sys.modules[module.__name__] = module
++ pass
+
+= engine/metrics.py
 : test_rewards.py::test_the_interval_is_wilsons
 the interval is not Wilson's
 - z2 / (4 * n)
 + z2 / (2 * n)
 
+: test_rewards.py::test_accuracy_counts_only_scores_of_exactly_1
+half a right answer is accurate
+- score["exact"] == 1 for
++ score["exact"] > 0 for
+
+: test_updates.py::test_batch_metrics_are_the_means_their_names_say
+nearly right completions are accurate
+- parts["exact"] == 1
++ parts["exact"] > 0
+
+groups without signal counted by completion
+- (batch.advantages.view(-1, group) == 0).all(dim=1)
++ batch.advantages == 0
+
+: test_completions.py::test_a_line_holds_one_whole_group
+half a group is logged
+- for i in range(group)]
++ for i in range(group // 2)]
+
+: test_completions.py::test_lines_agree_with_the_metrics_of_their_iteration
+the rewards are logged as advantages
+- batch.advantages.tolist()
++ parts["exact"].tolist()
+
+: test_problems.py::test_accuracy_counts_only_an_exact_of_one
+batch accuracy is the mean of exact
+- (parts["exact"] == 1).float()
++ parts["exact"]
+
+= plot_metrics.py
+: test_plots.py::test_each_part_of_the_reward_is_drawn_under_its_name
+one part of the reward drawn
+- parts = [name for name in history[0] if name.startswith("reward_")]
++ parts = ["reward_exact"]
+
+: test_plots.py::test_rewards_of_any_weights_fit_their_axis
+the axis of the reward ends at 0 and 1
+- reward.set_ylim(min(0, low), max(1.02, high))
++ reward.set_ylim(0, 1.02)
+
+= engine/run.py
 : test_stopping.py::test_the_best_iteration_is_the_latest_of_equals
 the best iteration is the first of equals
 - validations(metrics)[::-1]
@@ -616,8 +919,37 @@ the last policy is kept instead of the best
 
 : test_resume.py::test_resume_refuses_another_policy_class
 the policy class may change on resume
-- "base_model_crc32", "policy",
-+ "base_model_crc32",
+- COMPARED += ("policy", "compute_dtype"
++ COMPARED += ("compute_dtype"
+
+: test_problems.py::test_resume_with_another_file_is_refused
+the problems may change on resume
+- "problems_sha256", "rewards_sha256")
++ "rewards_sha256")
+
+the rewards may change on resume
+- "problems_sha256", "rewards_sha256")
++ "problems_sha256")
+
+: test_problems.py::test_files_may_be_moved_before_resuming
+the problems must stay where they were
+- FREE |= {"problems", "rewards"}
++ FREE |= {"rewards"}
+
+: test_completions.py::test_a_fresh_run_replaces_the_completions_of_an_earlier_one
+completions of an earlier run are kept
+- file.unlink(missing_ok=True)
++ pass
+
+: test_completions.py::test_every_nth_iteration_is_logged
+completions of every iteration are logged
+- every and self.iteration % every == 0:
++ every:
+
+: test_completions.py::test_resume_drops_what_a_kill_left_after_the_checkpoint
+completions after the checkpoint are kept on resume
+- cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
++ pass
 
 = engine/checkpoint.py
 : test_resume.py::test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one
@@ -653,21 +985,66 @@ a failed write leaves half a checkpoint behind
 - shutil.rmtree(beside, ignore_errors=True)
 + pass
 
+: test_completions.py::test_cut_lines_keeps_whole_lines_up_to_the_iteration
+a line without its end is kept
+- if not line.endswith(b"\n") or json
++ if json
+
+the line of the checkpoint itself is dropped
+- ["iteration"] > iteration:
++ ["iteration"] >= iteration:
+
+a foreign line is a crash
+- except (ValueError, TypeError, KeyError):
++ except (ValueError, KeyError):
+
 = inference.py
 : test_inference.py::test_the_model_is_decoded_as_long_as_it_was_trained
 inference decodes a fixed number of tokens
-- prompt["max_new_tokens"]
-+ 16
+- texts = policy.model.device, prompt["max_new_tokens"], []
++ texts = policy.model.device, 16, []
 
 : test_inference.py::test_an_empty_line_is_not_put_to_the_model
 an empty line is put to the model
 - for question in questions if question for
 + for question in questions for
 
-: test_inference.py::test_the_majority_of_numbers_is_the_answer
-completions without a number vote
-- if number is not None)
+: test_inference.py::test_the_majority_of_answers_is_the_answer
+completions without an answer vote
+- if answer is not None)
 + )
+
+: test_inference.py::test_code_that_a_model_names_is_not_trusted
+code in the folder of a model is run through a link out of it
+- *path.absolute().parents, *path.resolve().parents
++ *path.resolve().parents, *path.resolve().parents
+
+code in the folder of a model is run through a link into it
+- *path.absolute().parents, *path.resolve().parents
++ *path.absolute().parents, *path.absolute().parents
+
+the hash of a recorded reward file is not compared
+- if hashlib.sha256(source).hexdigest() != task.get("rewards_sha256"):
++ if False:
+
+untrusted code reads the answer
+- parse = str if warning else RewardFile
++ parse = RewardFile
+
+: test_inference.py::test_pass_at_k_is_the_mean_over_all_subsets
+pass@k is the biased estimate
+- return (every - math.comb(samples - right, k)) / every
++ return 1 - (1 - right / samples) ** k
+
+: test_inference.py::test_the_recorded_operands_are_asked
+recorded operands stay for a file of problems
+- if "problems" in flags:
++ if False:
+
+: test_inference.py::test_settings_of_the_prompt_ask_otherwise_than_in_training
+the recorded prompt is asked whatever the flags
+- as_trained and read_prompt(name)
++ read_prompt(name)
 
 : test_inference.py::test_asking_does_not_load_matplotlib
 asking loads matplotlib
@@ -736,7 +1113,7 @@ def import_once() -> None:
 def copy_project(folder: Path) -> None:
     """Copy what the tests read."""
     skipped = shutil.ignore_patterns("__pycache__", ".*")
-    for part in ("engine", "tests", "tiny_model"):
+    for part in ("engine", "tests", "tiny_model", "examples"):
         shutil.copytree(ROOT / part, folder / part, ignore=skipped)
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, folder)

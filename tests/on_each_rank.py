@@ -12,17 +12,22 @@ import torch
 from conftest import TINY
 from processes import arguments
 from safetensors.torch import save_file
-from short_runs import short_config
+from short_runs import make_state, short_config
 
 import plot_metrics
 import train_grpo
 from engine import distributed
-from engine.models import load_model, read_prompt
+from engine.models import load_model
 from engine.policy import Rollout, frozen_copy
 from engine.tree import TreePolicy
-from train_grpo import Problem, TrainState, train_iteration
+from train_grpo import Problem, train_iteration
 
-MICRO_BATCHES = (0, 2)
+SETTINGS = {
+    "whole batch": {},
+    "micro-batches": {"micro_batch_size": 2},
+    "dapo": {"micro_batch_size": 2, "loss_type": "dapo"},
+    "dr_grpo": {"micro_batch_size": 2, "loss_type": "dr_grpo", "scale_rewards": "none"},
+}
 asked = []  # how many completions, rollout after rollout
 
 
@@ -52,7 +57,7 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest, **options) 
     return batch
 
 
-def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def three_iterations(**settings) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Returns the metrics of each and, by name, the weights after them and all gradients used.
 
     The metrics also hold `completions`: how many this process trained on.
@@ -62,10 +67,8 @@ def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch
         with torch.no_grad():
             model.model.norm.weight.mul_(1.5)
     policy = TreePolicy(model)
-    config = short_config("", batch_size=4, micro_batch_size=micro_batch_size, learning_rate=1e-5)
-    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    rngs = random.Random(0), torch.Generator()
-    state = TrainState(policy, policy, adamw, tokenizer, read_prompt(str(TINY)), *rngs)
+    config = short_config("", batch_size=4, learning_rate=1e-5, **settings)
+    state = make_state(policy, tokenizer, config)
     state.learner = distributed.wrap_ddp(policy)
     state.reference = frozen_copy(policy)  # after wrap_ddp, which makes all weights those of rank 0
     tensors = {}
@@ -75,7 +78,7 @@ def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch
         for name, parameter in model.named_parameters():
             tensors[f"{number}.gradient.{name}"] = parameter.grad.clone()
 
-    adamw.register_step_pre_hook(keep)
+    state.optimizer.register_step_pre_hook(keep)
     with patch.object(train_grpo, "rollout", given_completions):
         done = [train_iteration(state, config) for _ in range(3)]
     tensors |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
@@ -84,9 +87,9 @@ def three_iterations(micro_batch_size: int) -> tuple[list[dict], dict[str, torch
 
 
 def steps(folder: Path) -> None:
-    for size in MICRO_BATCHES:
-        metrics, tensors = three_iterations(size)
-        name = f"{size}.{distributed.rank()}"
+    for case, settings in SETTINGS.items():
+        metrics, tensors = three_iterations(**settings)
+        name = f"{case}.{distributed.rank()}"
         (folder / f"{name}.json").write_text(json.dumps(metrics))
         save_file(tensors, folder / f"{name}.safetensors")
 

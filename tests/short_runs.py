@@ -1,8 +1,10 @@
 """Short trainings of the bundled model: `train_grpo.train` with little to do, and no plots."""
 
+import random
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from conftest import TINY
 from safetensors.torch import load_file
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch import Tensor
 import plot_metrics
 import train_grpo
 from engine.checkpoint import StopRequest, read_json
-from train_grpo import Config
+from engine.policy import Policy, frozen_copy
+from train_grpo import Config, TrainState, load_task
 
 
 def short_config(folder: Path, **settings) -> Config:
@@ -25,6 +28,13 @@ def short_config(folder: Path, **settings) -> Config:
     }
     place = {"model_name": str(TINY), "device": "cpu", "output_dir": str(folder)}
     return Config(**{**place, **few, **settings})
+
+
+def make_state(policy: Policy, tokenizer, config: Config) -> TrainState:
+    """As `set_up` makes it, of a policy that is there already. Seeded with 0."""
+    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
+    parts = policy, frozen_copy(policy), tokenizer, *load_task(config)
+    return TrainState(*parts, adamw, random.Random(0), torch.Generator().manual_seed(0))
 
 
 def short_training(folder: Path, **settings) -> tuple[dict, dict[str, Tensor]]:

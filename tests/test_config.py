@@ -29,6 +29,11 @@ RECIPE = {
     "num_inner_updates": 5,
     "clip_grad_norm": 0.5,
     "kl_estimator": "k3_inverse",
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "epsilon_high": 0,
+    "problems": "",
+    "rewards": "",
 }
 
 
@@ -68,7 +73,9 @@ def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch, capability, dtype
 
 
 def test_worked_examples_are_training_problems():
-    assert [problem.split for problem in EXAMPLES] == ["train"] * 3
+    most = Config.__dataclass_fields__["num_examples"].metadata["metavar"].high
+    assert [problem.split for problem in EXAMPLES] == ["train"] * most
+    assert len(set(EXAMPLES)) == most
 
 
 @pytest.mark.parametrize(
@@ -79,6 +86,7 @@ def test_worked_examples_are_training_problems():
         "not a number": (["--beta", "much"], "much"),
         "no such choice": (["--kl_estimator", "k4"], "k4"),
         "too small": (["--num_generations", "1"], "--num_generations 1: must be at least 2"),
+        "too many examples": (["--num_examples", "7"], "--num_examples 7"),
         "too large": (["--epsilon", "1.5"], "--epsilon 1.5: must be at least 0 and at most 1"),
         "NaN": (["--learning_rate", "nan"], "--learning_rate nan"),
         "huge batch": (["--batch_size", "100000000"], "--batch_size 100000000"),

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT
-from on_each_rank import MICRO_BATCHES, three_iterations
+from on_each_rank import SETTINGS, three_iterations
 from processes import (
     assert_same_run,
     finish,
@@ -42,8 +42,8 @@ def on_each_rank(processes: int, *arguments) -> str:
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process makes of the given completions, by micro_batch_size."""
-    return {size: three_iterations(size) for size in MICRO_BATCHES}
+    """What one process makes of the given completions, by case."""
+    return {case: three_iterations(**settings) for case, settings in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +56,26 @@ def two(tmp_path_factory):
 
 
 def assert_equal_to_one_process(folder, processes: int, alone: dict) -> None:
-    for size, (metrics, tensors) in alone.items():
+    for case, (metrics, tensors) in alone.items():
         for rank in range(processes):
-            theirs = json.loads((folder / f"{size}.{rank}.json").read_text())
+            theirs = json.loads((folder / f"{case}.{rank}.json").read_text())
             for mine, its in zip(metrics, theirs, strict=True):
                 assert its["completions"] * processes == mine["completions"] == 16
                 assert its["logprob_mismatch"] < 1e-4  # rounding
                 own = {n: mine[n] for n in ("completions", "seconds", "logprob_mismatch")}
                 assert its | own == pytest.approx(mine, rel=1e-5, abs=1e-6)
-            found = load_file(folder / f"{size}.{rank}.safetensors")
+            found = load_file(folder / f"{case}.{rank}.safetensors")
             assert found.keys() == tensors.keys()
             for name, tensor in tensors.items():
                 assert (found[name] - tensor).abs().max() < 1e-6, name
 
 
 def test_two_processes_compute_gradients_and_weights_of_one(two, alone):
-    metrics, tensors = alone[0]
+    metrics, tensors = alone["whole batch"]
     assert len({iteration["loss"] for iteration in metrics}) == 3  # it does learn
     assert metrics[0]["frac_zero_std_groups"] < 1 and metrics[1]["kl"] > 0
     assert max(g.abs().max() for n, g in tensors.items() if "gradient" in n) > 1e-3
+    assert len({alone[case][0][0]["grad_norm"] for case in ("whole batch", "dapo", "dr_grpo")}) == 3
     assert_equal_to_one_process(two[0], 2, alone)
 
 
@@ -85,8 +86,8 @@ def test_four_processes_compute_gradients_and_weights_of_one(alone, tmp_path):
 
 
 def test_all_processes_hold_bit_identical_weights(two):
-    for size in MICRO_BATCHES:
-        first, second = (load_file(two[0] / f"{size}.{rank}.safetensors") for rank in range(2))
+    for case in SETTINGS:
+        first, second = (load_file(two[0] / f"{case}.{rank}.safetensors") for rank in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 

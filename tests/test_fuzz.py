@@ -73,7 +73,12 @@ BAD_SETTINGS = st.one_of(
     st.text("abc", min_size=1).map(lambda text: ["--resume=" + text]),
     st.tuples(st.text(max_size=9), CONTROL).map(lambda t: ["--system_prompt=" + "".join(t)]),
     st.tuples(st.text(max_size=9), CONTROL).map(lambda t: ["--output_dir=" + "".join(t)]),
-    st.text("abc/.~", min_size=1).map(lambda text: [f"--model_name=/no/such/{text}"]),
+    st.tuples(
+        st.sampled_from(["model_name", "problems", "rewards"]), st.text("abc/.~", min_size=1)
+    ).map(lambda t: [f"--{t[0]}=/no/such/{t[1]}"]),
+    (st.lists(st.integers()) | st.floats() | st.text() | st.none()).map(
+        lambda junk: ["--chat_template_kwargs=" + json.dumps(junk)]
+    ),
     st.sampled_from(["tpu9", "cuda:99", "cpu:x", "", "\0", "mps:7", "meta2"]).map(
         lambda text: ["--device=" + text]
     ),
@@ -164,6 +169,25 @@ def test_bad_metrics_are_refused(workplace, capsys, content):
     refuse(plot_metrics.main, ["bad.json"], workplace, capsys)
 
 
+# Fewer lines than splits, so even sound ones are refused.
+BAD_PROBLEMS = st.one_of(
+    st.binary(max_size=40),
+    JUNK.map(lambda junk: json.dumps(junk).encode()),
+    st.dictionaries(
+        st.sampled_from(["question", "answer", "split", "completion"]),
+        JUNK | CONTROL | st.just("9" * 5000) | st.just(10**4000),
+    ).map(lambda line: json.dumps(line).encode()),
+    st.sampled_from([b"[" * 100_000, b'{"answer":' * 100_000, b"9" * 5000, b"\xef\xbb\xbf{}"]),
+)
+
+
+@settings(**FUZZ)
+@given(content=BAD_PROBLEMS)
+def test_bad_problems_are_refused(workplace, capsys, content):
+    (workplace / "bad.jsonl").write_bytes(content)
+    refuse(train_grpo.main, [*TRAINING, "--problems=bad.jsonl"], workplace, capsys)
+
+
 @pytest.mark.parametrize("argv", [["none.json"], ["."], ["--nonsense"], ["a\0b"]])
 def test_missing_metrics_are_refused(workplace, capsys, argv):
     refuse(plot_metrics.main, argv, workplace, capsys)
@@ -249,6 +273,10 @@ def test_a_damaged_model_is_refused_and_runs_no_code(workplace, capsys, damage):
         {"examples": [["a"]]},
         {"max_new_tokens": 0},
         {"off_task": 1},
+        {"chat_template_kwargs": [1]},
+        {"task": 1},
+        {"task": {"rewards": 1}},
+        {"task": {"min_operand": "0"}},
     ],
 )
 def test_a_damaged_prompt_file_is_refused(workplace, capsys, changes):

@@ -1,4 +1,4 @@
-"""The loss: equal to TRL's, and to equation 3 of DeepSeekMath written in loops over floats."""
+"""The loss and its variants: equal to TRL's, and to the formulas written in loops over floats."""
 
 import math
 from collections import defaultdict
@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_grpo import Config, completion_mean, grpo_loss
+from train_grpo import Config, completion_mean, grpo_loss, loss_length
 
 LENGTHS = (1, 7, 4, 7, 2, 5, 7, 3)
-# Old minus new, as ratios: below, inside and above 0.8 .. 1.2, and where nothing has moved.
+# New over old: below, inside and above 0.8 .. 1.2 and 0.8 .. 1.28, and where nothing has moved.
 RATIOS = (0.5, 0.79, 0.9, 1.0, 1.1, 1.21, 2.0)
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 
 
 def make_case() -> dict[str, torch.Tensor]:
@@ -54,6 +55,7 @@ def ours(case: dict, config: Config):
             case["advantages"],
             case["mask"],
             config,
+            loss_length(case["mask"], config),
         )[0]
 
     return loss_and_gradient(loss_of, case)
@@ -77,15 +79,18 @@ def trl_loss(case: dict, config: Config):
             ),
             _entropy_bonus_enabled=False,
             _metrics={"train": defaultdict(list)},
-            accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
-            args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+            accelerator=SimpleNamespace(
+                gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1
+            ),
+            args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
             aux_loss_enabled=False,
             beta=config.beta,
             current_gradient_accumulation_steps=1,
-            epsilon_high=config.epsilon,
+            epsilon_high=config.epsilon_high or config.epsilon,
             epsilon_low=config.epsilon,
             importance_sampling_level="token",
-            loss_type="grpo",
+            loss_type=config.loss_type,
+            max_completion_length=config.max_new_tokens,
             model=SimpleNamespace(training=True),
             off_policy_mask_threshold=None,
             top_entropy_quantile=1.0,
@@ -100,16 +105,19 @@ def trl_loss(case: dict, config: Config):
             "advantages": case["advantages"],
             "old_per_token_logps": case["old_logprobs"],
             "ref_per_token_logps": case["ref_logprobs"],
+            "num_items_in_batch": case["mask"].sum(),
         }
         return trainer._compute_loss(None, inputs)
 
     return loss_and_gradient(loss_of, case)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
-@pytest.mark.parametrize("epsilon", [0.2, 0.05])
-def test_loss_and_gradient_equal_those_of_trl(beta, epsilon):
-    case, config = make_case(), Config(kl_estimator="k3", beta=beta, epsilon=epsilon)
+@pytest.mark.parametrize(("epsilon", "epsilon_high"), [(0.2, 0), (0.2, 0.28), (0.05, 0)])
+def test_loss_and_gradient_equal_those_of_trl(loss_type, beta, epsilon, epsilon_high):
+    settings = {"loss_type": loss_type, "epsilon": epsilon, "epsilon_high": epsilon_high}
+    case, config = make_case(), Config(kl_estimator="k3", beta=beta, **settings)
     (loss, gradient), (its_loss, its_gradient) = ours(case, config), trl_loss(case, config)
     torch.testing.assert_close(loss, its_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-12)
@@ -117,14 +125,22 @@ def test_loss_and_gradient_equal_those_of_trl(beta, epsilon):
 
 
 def equation_3(case: dict, config: Config) -> tuple[float, list[list[float]], dict]:
-    """Loss, gradient in each log-probability and metrics, one float at a time."""
+    """Loss, gradient in each log-probability and metrics, one float at a time.
+
+    With the variants: Dr. GRPO's constant, DAPO's mean over all tokens and its upper bound.
+    """
     new, old, ref = (case[n].tolist() for n in ("logprobs", "old_logprobs", "ref_logprobs"))
     rows, steps = case["mask"].shape
-    low, high = 1 - config.epsilon, 1 + config.epsilon
-    gradient = [[0.0] * steps for _ in range(rows)]
+    low, high = 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon)
+    loss, gradient = 0.0, [[0.0] * steps for _ in range(rows)]
     means = defaultdict(list)
     for i, advantage in enumerate(case["advantages"].tolist()):
-        length = int(sum(case["mask"][i].tolist()))
+        length = LENGTHS[i]
+        weight = {  # of a token in the loss
+            "grpo": 1 / length / rows,
+            "dr_grpo": 1 / config.max_new_tokens / rows,
+            "dapo": 1 / sum(LENGTHS),
+        }[config.loss_type]
         parts = defaultdict(list)
         for t in range(length):
             ratio = math.exp(new[i][t] - old[i][t])
@@ -134,28 +150,32 @@ def equation_3(case: dict, config: Config) -> tuple[float, list[list[float]], di
             k3, inverse = math.exp(d) - d - 1, math.exp(-d) + d - 1
             published = config.kl_estimator == "k3"
             penalty, slope = (k3, 1 - math.exp(d)) if published else (inverse, math.exp(-d) - 1)
-            parts["loss"].append(config.beta * penalty - surrogate)
+            loss += weight * (config.beta * penalty - surrogate)
             parts["kl"].append(k3)
             parts["kl_penalty"].append(penalty)
             parts["clip_fraction"].append(float(held))
             policy_slope = 0.0 if held else advantage * ratio
-            gradient[i][t] = (config.beta * slope - policy_slope) / length / rows
+            gradient[i][t] = weight * (config.beta * slope - policy_slope)
         for name, values in parts.items():
             means[name].append(fmean(values))
-    stats = {name: fmean(values) for name, values in means.items()}
-    return stats["loss"], gradient, stats
+    return loss, gradient, {name: fmean(values) for name, values in means.items()} | {"loss": loss}
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("epsilon_high", [0, 0.28])
 @pytest.mark.parametrize("estimator", ["k3", "k3_inverse"])
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
-def test_loss_gradient_and_metrics_equal_equation_3_in_loops(beta, estimator):
-    case, config = make_case(), Config(kl_estimator=estimator, beta=beta)
+def test_loss_gradient_and_metrics_equal_equation_3_in_loops(
+    beta, estimator, epsilon_high, loss_type
+):
+    settings = {"loss_type": loss_type, "epsilon_high": epsilon_high}
+    case, config = make_case(), Config(kl_estimator=estimator, beta=beta, **settings)
     expected_loss, expected_gradient, expected_stats = equation_3(case, config)
     loss, gradient = ours(case, config)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-9)
     expected_gradient = torch.tensor(expected_gradient, dtype=torch.float64)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
-    _, stats = grpo_loss(**case, config=config)
+    _, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
     assert stats == pytest.approx(expected_stats, rel=1e-6)
     assert stats["clip_fraction"] > 0
 
@@ -174,3 +194,39 @@ def test_tokens_after_the_end_weigh_nothing():
     for name in ("logprobs", "old_logprobs", "ref_logprobs"):
         case[name] = case[name].masked_fill(over, -5.0)
     assert torch.equal(ours(case, config)[0], loss)
+
+
+def test_metrics_do_not_depend_on_the_loss_type():
+    case, found = make_case(), []
+    for config in (Config(loss_type=loss_type) for loss_type in LOSS_TYPES):
+        loss, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
+        assert stats.pop("loss") == loss
+        found.append((loss, stats))
+    assert len({loss.item() for loss, _ in found}) == 3
+    assert found[0][1] == found[1][1] == found[2][1]
+    assert found[0][1]["clip_fraction"] > 0 and found[0][1]["kl"] > 0
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_epsilon_high_moves_the_upper_bound_alone(advantage):
+    ratio = torch.tensor([[0.4, 0.6, 0.79, 0.81, 1.0, 1.3, 1.49, 1.51, 3.0]], dtype=torch.float64)
+    case = {
+        "logprobs": ratio.log(),
+        "old_logprobs": torch.zeros_like(ratio),
+        "ref_logprobs": torch.zeros_like(ratio),
+        "advantages": torch.tensor([advantage], dtype=torch.float64),
+        "mask": torch.ones_like(ratio),
+    }
+    _, gradient = ours(case, Config(epsilon=0.2, epsilon_high=0.5, beta=0))
+    held = ratio > 1.5 if advantage > 0 else ratio < 0.8
+    assert torch.equal(gradient == 0, held) and held.any() and not held.all()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_at_beta_zero_kl_is_logged_and_has_no_gradient(loss_type):
+    case, config = make_case(), Config(beta=0, loss_type=loss_type)
+    elsewhere = {**case, "ref_logprobs": case["ref_logprobs"] - 1.5}
+    for mine, its in zip(ours(case, config), ours(elsewhere, config), strict=True):
+        assert torch.equal(mine, its)
+    kls = [grpo_loss(**c, config=config)[1]["kl"] for c in (case, elsewhere)]
+    assert kls[0] > 0 and kls[1] > 0 and kls[0] != kls[1]

@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from plot_metrics import PLOT_FILES, WINDOW, draw, main, series
+import plot_metrics
+from plot_metrics import PLOT_FILES, WINDOW, draw, draw_watched, main, read_metrics, series
 
 
-def write_run(path, iterations=120, level=0.5):
+def write_run(path, iterations=120, level=0.5, weight=1.0):
     history = [
         {
-            "reward": level,
+            "reward": weight * level,
+            "reward_brief": 0.5 * level,
+            "reward_exact": level,
             "accuracy": level * i / iterations,
             "kl": 0.01 * i,
             "kl_penalty": i,
@@ -48,6 +52,34 @@ def test_runs_are_overlaid(tmp_path):
     for name in PLOT_FILES:
         both, one = (imread(tmp_path / folder / name) for folder in ("both", "one"))
         assert not np.array_equal(both, one)
+
+
+def test_each_part_of_the_reward_is_drawn_under_its_name(tmp_path):
+    run = read_metrics(write_run(tmp_path / "m.json", level=0.8))
+    axes = Figure().subplots()
+    draw_watched(axes, run)
+    lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    drawn = {label: line.get_ydata()[-1] for label, line in lines.items()}
+    assert drawn == pytest.approx(
+        {
+            "entropy (nats per token)": 1.0,
+            "brief (part of the reward)": 0.4,
+            "exact (part of the reward)": 0.8,
+        }
+    )
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
+@pytest.mark.parametrize("weights", [[6.0], [-4.0], [6.0, -4.0], [1.0]], ids=str)
+def test_rewards_of_any_weights_fit_their_axis(weights, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot_metrics, "save_figure", lambda figure, path: figures.append(figure))
+    draw([write_run(tmp_path / f"{w}" / "m.json", weight=w) for w in weights], tmp_path)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low <= min(0.0, *(0.5 * w for w in weights))
+    assert high >= max(1.0, *(0.5 * w for w in weights))
+    if weights == [1.0]:
+        assert (low, high) == (0, 1.02)
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, 3 * WINDOW])

@@ -164,10 +164,10 @@ def test_the_other_runs_are_what_their_pages_say():
 def test_the_configuration_table_holds_each_difference_of_the_presets():
     presets = {name: {**asdict(Config()), **values} for name, values in PRESETS.items()}
     rows = rows_below(read("README.md"), "| setting |")
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert {name.strip("`") for name, *_ in cells} == set().union(*PRESETS.values())
+    cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    assert {name for name, *_ in cells} == set().union(*PRESETS.values())
     for name, *values, _ in cells:
-        assert values == [str(preset[name.strip("`")]) for preset in presets.values()], name
+        assert values == [str(preset[name]) for preset in presets.values()], name
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS])
@@ -184,7 +184,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_name_script_and_flag_in_a_page_exists(page):
-    places = (".", "engine", "benchmarks", "tiny_model")
+    places = (".", "engine", "benchmarks", "tiny_model", "examples")
     code = "".join(p.read_text() for place in places for p in (ROOT / place).glob("*.py"))
     known = set(re.findall(r"\w+", code))
     for name in re.findall(r"`([a-zA-Z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", read(page)):

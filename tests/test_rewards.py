@@ -2,9 +2,10 @@
 
 import pytest
 
-from engine.run import accuracy_summary
-from rewards import Score, parse_completion, score
-from train_grpo import REWARD_WEIGHTS, reward_function
+from engine.metrics import accuracy_summary
+from engine.problems import RewardFile
+from rewards import WEIGHTS, Score, parse, score
+from train_grpo import reward_function
 
 NOTHING, FORMAT = Score(False, False, False), Score(True, False, False)
 NEAR, EXACT = Score(True, True, False), Score(True, True, True)
@@ -74,27 +75,110 @@ def test_minus_zero_is_zero():
     assert score("<answer>-0</answer>", 0) == EXACT
 
 
-def test_negative_answers_are_read():
-    assert parse_completion("<answer>-30</answer>") == (True, -30)
+# (completion, what it earns where the truth is " Gr\u00fc\u00df dich ")
+TEXTS = {
+    "the right text": ("<answer>Gr\u00fc\u00df dich</answer>", EXACT),
+    "white space at its ends": ("<answer>\n Gr\u00fc\u00df dich\t</answer>\n", EXACT),
+    "one letter wrong": ("<answer>Gr\u00fc\u00df dich!</answer>", FORMAT),
+    "one letter short": ("<answer>Gr\u00fc\u00df dic</answer>", FORMAT),
+    "another case": ("<answer>gr\u00fc\u00df dich</answer>", FORMAT),
+    "letters that look the same": ("<answer>Gru\u0308\u00df dich</answer>", FORMAT),
+    "letters that mean the same": ("<answer>Gr\u00fcss dich</answer>", FORMAT),
+    "two spaces inside": ("<answer>Gr\u00fc\u00df  dich</answer>", FORMAT),
+    "more text around it": ("<answer>Gr\u00fc\u00df dich, du</answer>", FORMAT),
+    "empty answer": ("<answer></answer>", FORMAT),
+    "prose around the tags": ("So: <answer>Gr\u00fc\u00df dich</answer>", NOTHING),
+    "no tags": ("Gr\u00fc\u00df dich", NOTHING),
+}
+
+
+@pytest.mark.parametrize("completion, expected", TEXTS.values(), ids=TEXTS.keys())
+def test_a_text_must_match_letter_by_letter(completion, expected):
+    assert score(completion, " Gr\u00fc\u00df dich ") == expected
+
+
+def test_the_text_of_a_number_is_scored_as_that_number():
+    for completion, expected in TABLE.values():
+        assert score(completion, "7") == score(completion, " 07") == expected
+
+
+@pytest.mark.parametrize("answer", [10**9, "1000000000", "7.0", "\u0667"])
+def test_a_number_beyond_the_rule_is_matched_as_text(answer):
+    assert score(f"<answer>{answer}</answer>", answer) == EXACT
+    assert score("<answer>7</answer>", answer) == FORMAT
+    assert score(f"<answer>{answer}0</answer>", answer) == FORMAT
+
+
+@pytest.mark.parametrize("completion, expected", TABLE.values(), ids=TABLE.keys())
+def test_parse_reads_what_scores_and_nothing_where_the_tags_fail(completion, expected):
+    answer = parse(completion)
+    if expected in (EXACT, NEAR):
+        assert type(answer) is int and abs(answer - 7) == (expected == NEAR)
+    elif expected == NOTHING:
+        assert answer is None
+    else:
+        assert answer != 7
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("<answer>-30</answer>", -30),
+        (" <answer> 007 </answer>\n", 7),
+        ("<answer> seven </answer>", "seven"),
+        ("<answer>0000000007</answer>", "0000000007"),
+        ("<answer>\u0667</answer>", "\u0667"),
+        ("<answer> </answer>", None),
+        ("<answer></answer>", None),
+        ("so <answer>7</answer>", None),
+        ("7", None),
+    ],
+)
+def test_parse_gives_number_else_text_else_nothing(completion, expected):
+    answer = parse(completion)
+    assert answer == expected and type(answer) is type(expected)
 
 
 def test_the_reward_adds_the_weighted_parts():
     completions = ["<answer>7</answer>", "<answer>8</answer>", "<answer>x</answer>", "7"]
-    parts = reward_function(completions, [7] * 4)
-    assert parts.sum(dim=1).tolist() == pytest.approx([1.0, 0.4, 0.2, 0.0])
-    assert REWARD_WEIGHTS == {"format": 0.2, "near": 0.2, "exact": 0.6}
+    rewards, parts = reward_function(completions, [7] * 4, RewardFile())
+    assert rewards.tolist() == pytest.approx([1.0, 0.4, 0.2, 0.0])
+    assert parts.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]  # before their weights
+    assert RewardFile().weights == WEIGHTS == {"format": 0.2, "near": 0.2, "exact": 0.6}
+
+
+def test_weights_may_be_zero_negative_or_large(tmp_path):
+    """Parts are fractions; the weight decides what a part is worth."""
+    file = tmp_path / "lengths.py"
+    file.write_text(
+        "WEIGHTS = {'exact': 3, 'long': -0.5, 'letters': 0}\n"
+        "def score(completion, answer):\n"
+        "    n = len(completion)\n"
+        "    return completion == answer, min(n, 4) / 4, n > 0\n"
+    )
+    file = RewardFile(str(file))
+    rewards, parts = reward_function(["ab", "abcd", ""], ["ab", "x", "x"], file)
+    assert rewards.tolist() == [3 - 0.25, -0.5, 0]
+    assert parts.tolist() == [[1, 0.5, 1], [0, 1, 1], [0, 0, 0]]
 
 
 def test_the_interval_is_wilsons():
     # 15 of 50: Newcombe (1998) gives 0.1910 to 0.4375.
-    summary = accuracy_summary([True] * 15 + [False] * 35, [True] * 45 + [False] * 5)
-    assert (summary["accuracy"], summary["format"], summary["problems"]) == (0.3, 0.9, 50)
+    scores = [{"format": float(i < 45), "exact": float(i < 15)} for i in range(50)]
+    summary = accuracy_summary(scores)
+    assert (summary["accuracy"], summary["problems"]) == (0.3, 50)
+    assert summary["parts"] == pytest.approx({"format": 0.9, "exact": 0.3})
     assert summary["low"] == pytest.approx(0.1910, abs=1e-4)
     assert summary["high"] == pytest.approx(0.4375, abs=1e-4)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+def test_accuracy_counts_only_scores_of_exactly_1():
+    summary = accuracy_summary([{"exact": 0.9}, {"exact": 1.0}, {"exact": 0.5}, {"exact": 0.0}])
+    assert summary["accuracy"] == 0.25 and summary["parts"] == pytest.approx({"exact": 0.6})
+
+
+@pytest.mark.parametrize("exact", [1.0, 0.0])
 def test_the_interval_stays_within_0_and_1(exact):
-    summary = accuracy_summary([exact] * 20, [True] * 20)
+    summary = accuracy_summary([{"exact": exact}] * 20)
     assert 0 <= summary["low"] <= summary["accuracy"] <= summary["high"] <= 1
     assert summary["high"] - summary["low"] > 0.1  # no certainty from 20 trials

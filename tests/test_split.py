@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from train_grpo import Config, Problem, held_out_problems, training_problems
+from train_grpo import Arithmetic, Config, Problem, load_task
 
 COMMUTATIVE = {"+": True, "*": True, "-": False}
+ARITHMETIC = Arithmetic(0, 10)
 
 
 def every_problem(low: int = 0, high: int = 10) -> list[Problem]:
@@ -32,8 +33,8 @@ def with_swaps(problems) -> set[Problem]:
     return set(problems) | swapped
 
 
-def all_held_out(config: Config) -> set[Problem]:
-    return {p for split in ("validation", "test") for p in held_out_problems(split, 10**6, config)}
+def all_held_out() -> set[Problem]:
+    return {p for split in ("validation", "test") for p in ARITHMETIC.held_out(split, 10**6)}
 
 
 def crc32(data: bytes) -> int:
@@ -48,9 +49,8 @@ def crc32(data: bytes) -> int:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_training_problem_is_held_out_nor_is_its_swap(seed):
-    config = Config()
-    forbidden = with_swaps(all_held_out(config))
-    drawn = training_problems(50_000, random.Random(seed), config)
+    forbidden = with_swaps(all_held_out())
+    drawn = ARITHMETIC.draw(50_000, random.Random(seed))
     assert len(drawn) == 50_000
     assert with_swaps(drawn).isdisjoint(forbidden)
     # Rare problems aside, everything else is drawn: nothing is lost between the splits.
@@ -59,7 +59,7 @@ def test_no_training_problem_is_held_out_nor_is_its_swap(seed):
 
 
 def test_validation_and_test_share_no_problem_nor_a_swap():
-    validation, test = (held_out_problems(s, 10**6, Config()) for s in ("validation", "test"))
+    validation, test = (ARITHMETIC.held_out(s, 10**6) for s in ("validation", "test"))
     assert with_swaps(validation).isdisjoint(with_swaps(test))
     assert len(set(validation)) == len(validation) and len(set(test)) == len(test)
     assert with_swaps(validation) == set(validation) and with_swaps(test) == set(test)
@@ -73,6 +73,13 @@ def test_split_is_a_crc_of_the_sorted_expression():
         text = f"({operands[0]} {problem.op1} {operands[1]}) {problem.op2} {problem.c}"
         expected = {0: "test", 1: "validation"}.get(crc32(text.encode("ascii")) % 20, "train")
         assert problem.split == expected, problem
+
+
+def test_arithmetic_is_asked_with_the_operands_of_the_config():
+    assert load_task(Config())[0] == ARITHMETIC
+    assert load_task(Config(min_operand=-3, max_operand=4, show_steps=True))[0] == Arithmetic(
+        -3, 4, True
+    )
 
 
 def test_split_is_ninety_five_five():
@@ -90,19 +97,20 @@ def test_a_commutative_swap_stays_in_its_split():
 
 
 def test_held_out_problems_do_not_depend_on_the_seed():
+    (first, *_), (second, *_) = (load_task(Config(seed=seed)) for seed in (0, 7))
     for split in ("validation", "test"):
-        expected = held_out_problems(split, 100, Config(seed=0))
+        expected = first.held_out(split, 100)
         random.seed(7)
-        assert held_out_problems(split, 100, Config(seed=7)) == expected
+        assert second.held_out(split, 100) == expected
         assert len(set(expected)) == 100 and {p.split for p in expected} == {split}
-        assert held_out_problems(split, 40, Config()) == expected[:40]
+        assert first.held_out(split, 40) == expected[:40]
 
 
 def some_problems() -> list[tuple[str, str]]:
     """What a run trains on and is evaluated on: (question, split) of each."""
-    problems = training_problems(500, random.Random(0), Config())
-    problems += held_out_problems("validation", 99, Config())
-    problems += held_out_problems("test", 99, Config())
+    problems = ARITHMETIC.draw(500, random.Random(0))
+    problems += ARITHMETIC.held_out("validation", 99)
+    problems += ARITHMETIC.held_out("test", 99)
     return [(problem.question, problem.split) for problem in problems]
 
 
@@ -142,4 +150,4 @@ def test_the_bundled_model_was_shown_no_held_out_problem(tiny, monkeypatch):
     others = [question for question, match in zip(questions, found, strict=True) if not match]
     assert all(re.fullmatch(r"What is \d+ \+ \d+\?", question) for question in others)
     assert len(shown) > 10_000 and torch.is_grad_enabled()
-    assert with_swaps(shown).isdisjoint(with_swaps(all_held_out(Config())))
+    assert with_swaps(shown).isdisjoint(with_swaps(all_held_out()))

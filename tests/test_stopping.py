@@ -8,14 +8,15 @@ import torch
 from conftest import TINY
 from processes import finish, newest, read_metrics
 from safetensors.torch import load_file
+from short_runs import make_state
 from transformers import AutoModelForCausalLM
 
 import train_grpo
 from engine import run
-from engine.models import load_model, read_prompt
+from engine.models import load_model
 from engine.policy import Policy
 from engine.run import best_iteration, evaluations_without_gain, lacks_signal, reason_to_stop
-from train_grpo import Config, TrainState, evaluate
+from train_grpo import Config, evaluate
 
 NEVER = ("--eval_every", 0, "--checkpoint_every", 0)
 
@@ -108,9 +109,8 @@ def test_an_over_trained_run_keeps_its_best_policy(tmp_path, monkeypatch):
     assert metrics["evaluations"][-1]["split"] == "test"
     assert metrics["evaluations"][-1]["iteration"] == best
     saved, tokenizer = load_model(str(tmp_path / "saved_model"), torch.device("cpu"))
-    policy, prompt = Policy(saved), read_prompt(str(TINY))
-    state = TrainState(policy, policy, None, tokenizer, prompt, None, None)
-    config = Config(**metrics["config"])
+    policy, config = Policy(saved), Config(**metrics["config"])
+    state = make_state(policy, tokenizer, config)
     again = evaluate(state, policy, "validation", config, 1_000_003 + best)
     assert again["accuracies"]["sampled"]["accuracy"] == pytest.approx(accuracy[best])
     assert f"iteration {best}," in (tmp_path / "saved_model" / "README.md").read_text()
@@ -129,7 +129,8 @@ def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tin
     flags = ("--model_name", tmp_path / "blank", "--num_iterations", 12, "--eval_every", 0)
     out = finish(tmp_path, *flags)
     assert out.count("nothing to learn from") == 1
-    causes = ("truncated", "--max_new_tokens", "thinking", "never writes the tags", "too hard")
+    causes = ("truncated", "--max_new_tokens", "thinking", "never answers in the form", "too hard")
+    causes += ("format 0.00, near 0.00, exact 0.00", "0% exact")
     for cause in (*causes, "learning rate is too high", "'What is ("):
         assert cause in out
     assert read_metrics(tmp_path)["no_signal"] == 4
@@ -140,7 +141,7 @@ def test_entropy_and_truncation_are_recorded(tmp_path):
     for iteration in read_metrics(tmp_path)["iterations"]:
         assert iteration["entropy"] > 0
         assert iteration["truncated"] == 1  # one token holds no whole answer
-        assert iteration["wrong_in_tags"] == 0
+        assert iteration["reward_format"] == iteration["reward_exact"] == 0
 
 
 def test_off_task_kl_starts_at_zero_and_grows(tmp_path):

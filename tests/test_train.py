@@ -18,7 +18,7 @@ import train_grpo
 from engine.models import encode_prompts, load_model, read_prompt, write_model
 from engine.policy import Policy
 from plot_metrics import PLOT_FILES
-from train_grpo import held_out_problems, parse_config, rollout
+from train_grpo import load_task, parse_config, rollout
 
 SHORT = ("--preset", "tiny", "--num_iterations", "3", "--eval_problems", "16", "--eval_every", "2")
 PER_ITERATION = {
@@ -34,7 +34,6 @@ PER_ITERATION = {
     "grad_norm",
     "skipped_updates",
     "entropy",
-    "wrong_in_tags",
     "truncated",
     "completion_length",
     "frac_zero_std_groups",
@@ -71,8 +70,10 @@ def test_metrics_hold_every_number_of_every_iteration(metrics):
     for iteration in metrics["iterations"]:
         assert set(iteration) == PER_ITERATION
         assert all(math.isfinite(value) for value in iteration.values())
-        parts = sum(iteration[f"reward_{part}"] for part in ("format", "near", "exact"))
-        assert iteration["reward"] == pytest.approx(parts, abs=1e-5)
+        parts = {"format": 0.2, "near": 0.2, "exact": 0.6}
+        weighted = sum(weight * iteration[f"reward_{part}"] for part, weight in parts.items())
+        assert iteration["reward"] == pytest.approx(weighted, abs=1e-5)
+        assert iteration["accuracy"] == iteration["reward_exact"]
 
 
 def test_evaluations_come_before_during_and_after_training(metrics):
@@ -91,13 +92,14 @@ def test_training_starts_at_the_reference_on_policy(metrics):
     assert first["logprob_mismatch"] < 1e-4
 
 
-def test_output_names_preset_policy_results_and_next_command(run):
-    out = run[0].stdout
+def test_output_names_preset_policy_results_and_next_command(run, metrics):
+    out, question = run[0].stdout, metrics["evaluations"][0]["example"]["question"]
     assert out.splitlines()[0].startswith("preset tiny: ")
     assert "\npolicy tree: matches unpadded forward passes\n" in out
     for name in ("test accuracy before", "test accuracy after", "kl ", "time", "saved policy"):
         assert f"\n{name}" in out
-    assert out.rstrip().endswith('python inference.py "What is (4 - 9) * 6?"')
+    assert question.startswith("What is (")
+    assert out.rstrip().endswith(f"python inference.py '{question}'")
     assert "reward=" in run[0].stderr and "kl=" in run[0].stderr  # the progress bar
 
 
@@ -110,7 +112,8 @@ def test_saved_model_answers_the_same_in_plain_transformers(run):
     folder = run[1] / "saved_model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = [p.question for p in held_out_problems("test", 16, parse_config(list(SHORT)))]
+    problems, *_ = load_task(parse_config(list(SHORT)))
+    questions = [p.question for p in problems.held_out("test", 16)]
     prompts = encode_prompts(tokenizer, questions, read_prompt(str(folder)), "cpu")
     generated = model.generate(prompts[0], attention_mask=prompts[1], max_new_tokens=16)
     policy = Policy(load_model(str(folder), torch.device("cpu"))[0])

@@ -7,10 +7,11 @@ from statistics import fmean
 import pytest
 import torch
 from conftest import TINY
-from short_runs import saved_weights, short_config, short_training
+from short_runs import make_state, saved_weights, short_config, short_training
 from small_models import (
     Numbers,
     Recorder,
+    assert_same_gradients,
     left_padded,
     nearby,
     ragged_batch,
@@ -20,17 +21,17 @@ from small_models import (
 )
 
 import train_grpo
-from engine.policy import Policy, Rollout, frozen_copy
+from engine.metrics import batch_metrics
+from engine.policy import Policy, Rollout
 from engine.tree import TreePolicy
 from train_grpo import (
+    Arithmetic,
     Config,
     TrainState,
-    arithmetic_prompt,
-    batch_metrics,
+    group_advantages,
     reward_function,
     rollout,
     train_iteration,
-    training_problems,
     update_policy,
 )
 
@@ -84,11 +85,7 @@ def test_first_inner_update_clips_nothing_even_at_epsilon_zero(micro_batch_size)
 
 def fresh_state(tiny, config: Config, kind=Policy, dtype=torch.float32) -> TrainState:
     """As `set_up` makes it, of a copy of the bundled model."""
-    policy = kind(copy.deepcopy(tiny[0].model), dtype)
-    adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0)
-    prompt, token_rng = arithmetic_prompt(config), torch.Generator().manual_seed(0)
-    reference = frozen_copy(policy)
-    return TrainState(policy, reference, adamw, tiny[1], prompt, random.Random(0), token_rng)
+    return make_state(kind(copy.deepcopy(tiny[0].model), dtype), tiny[1], config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -185,14 +182,14 @@ def test_each_completion_is_scored_against_its_own_answer(tiny, monkeypatch):
         asked.extend(tiny[1].batch_decode(batch.prompt_ids))
         return batch
 
-    def spy_reward(texts, answers):
+    def spy_reward(texts, answers, rewards):
         scored.extend(answers)
-        return reward_function(texts, answers)
+        return reward_function(texts, answers, rewards)
 
     monkeypatch.setattr(train_grpo, "rollout", spy_rollout)
     monkeypatch.setattr(train_grpo, "reward_function", spy_reward)
     train_iteration(fresh_state(tiny, config), config)
-    problems = training_problems(3, random.Random(0), config)
+    problems = Arithmetic(0, 10).draw(3, random.Random(0))
     assert len({problem.answer for problem in problems}) == 3
     assert scored == [problem.answer for problem in problems for _ in range(4)]
     for chat, problem in zip(asked, (p for p in problems for _ in range(4)), strict=True):
@@ -204,16 +201,18 @@ def test_batch_metrics_are_the_means_their_names_say():
     batch.sampled_logprobs = -batch.mask * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     batch.truncated = torch.tensor([False, False, False, True])
     batch.advantages = torch.tensor([0.0, 0.0, 0.7, 0.0])
-    parts = torch.tensor([[0.2, 0.2, 0.6], [0.2, 0.2, 0.6], [0.2, 0.2, 0.0], [0.0, 0.0, 0.0]])
-    assert batch_metrics(batch, parts, 2) == pytest.approx(
+    rewards = torch.tensor([1.0, 1.0, 0.4, 0.0])
+    parts = {
+        "brief": torch.tensor([0.5, 1.0, 0.75, 0.0]),
+        "exact": torch.tensor([1.0, 1.0, 0.9, 0.0]),
+    }
+    assert batch_metrics(batch, rewards, parts, 2) == pytest.approx(
         {
             "reward": (1.0 + 1.0 + 0.4) / 4,
-            "reward_format": 0.15,
-            "reward_near": 0.15,
-            "reward_exact": 0.3,
-            "accuracy": 2 / 4,
+            "reward_brief": (0.5 + 1.0 + 0.75) / 4,
+            "reward_exact": (1.0 + 1.0 + 0.9) / 4,
+            "accuracy": 2 / 4,  # nearly exact is not exact
             "entropy": (1 + 2 + 3 + 4) / 4,
-            "wrong_in_tags": 1 / 4,
             "truncated": 1 / 4,
             "completion_length": (5 + 1 + 3 + 6) / 4,
             "frac_zero_std_groups": 1 / 2,
@@ -246,3 +245,62 @@ def test_at_rate_1e_7_the_policy_still_moves(tmp_path, dtype):
         assert trained[name].dtype == torch.float32
         assert (trained[name] != weight).float().mean() > 0.5, name
         assert (trained[name] - weight).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
+@BOTH
+def test_tokens_weigh_the_same_in_any_micro_batch(kind, loss_type, micro_batch_size):
+    policy, longest = kind(small_model("llama")), 11
+    reference, recorder = nearby(policy), Recorder(policy)
+    config = Config(
+        num_inner_updates=1,
+        beta=0.3,
+        clip_grad_norm=1e9,
+        loss_type=loss_type,
+        max_new_tokens=longest,
+        micro_batch_size=micro_batch_size,
+    )
+    metrics = update_policy(policy, reference, recorder, make_batch(), config)
+    losses, scores, refs = [], plain_logprobs(policy.model), plain_logprobs(reference.model)
+    for advantage, score, ref in zip(ADVANTAGES, scores, refs, strict=True):
+        d = score - ref.detach()
+        losses.append(config.beta * (d.exp() - d - 1) - (score - score.detach()).exp() * advantage)
+    tokens = {"dr_grpo": longest * len(LENGTHS), "dapo": sum(LENGTHS)}[loss_type]
+    loss = torch.cat(losses).sum() / tokens
+    names, parameters = zip(*policy.model.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    assert_same_gradients(recorder.gradients, expected)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@BOTH
+def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
+    policy, config = kind(small_model("llama")), Config(num_inner_updates=1, beta=0)
+    found = []
+    for reference in (policy, nearby(policy)):
+        recorder = Recorder(policy)
+        metrics = update_policy(policy, reference, recorder, make_batch(), config)
+        found.append((metrics, recorder.gradients))
+    (at_home, expected), (strayed, gradients) = found
+    assert at_home["kl"] == at_home["kl_penalty"] == 0
+    assert strayed["kl"] > 0 and strayed["kl_penalty"] > 0
+    assert strayed["loss"] == at_home["loss"] and strayed["grad_norm"] == at_home["grad_norm"] > 0
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_advantages_are_scaled_as_the_setting_says(tiny, monkeypatch):
+    found = {}
+
+    def spy(learner, reference, optimizer, batch, config):
+        found[config.scale_rewards] = batch.advantages
+        return {}
+
+    monkeypatch.setattr(train_grpo, "update_policy", spy)
+    for scale in ("group", "none"):
+        config = short_config("", batch_size=4, scale_rewards=scale)
+        train_iteration(fresh_state(tiny, config), config)
+    assert found["none"].abs().max() > 0
+    # Advantages without scaling are rewards up to a constant per group.
+    torch.testing.assert_close(found["group"], group_advantages(found["none"], 4))
+    assert not torch.equal(found["group"], found["none"])
