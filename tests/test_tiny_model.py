@@ -6,19 +6,12 @@ import pytest
 from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "tiny_model"))
-from make import HABITS, demonstrations, make_prompt, make_tokenizer, pass_at_64
+from make import HABITS, demonstrations, make_prompt, make_tokenizer, measure
 
+from engine.metrics import describe
 from engine.models import encode_prompts, read_prompt
 from engine.tree import TreePolicy
-from train_grpo import (
-    PRESETS,
-    Config,
-    Problem,
-    TrainState,
-    arithmetic_prompt,
-    evaluate,
-    held_out_problems,
-)
+from train_grpo import PRESETS, Config, Problem, TrainState, evaluate, load_task
 
 
 def test_it_has_a_million_weights_in_under_5_mb(tiny):
@@ -41,7 +34,7 @@ def test_every_printable_text_survives_the_tokenizer():
 
 def test_it_is_asked_as_training_asks_it(tiny):
     prompt = read_prompt(str(TINY))
-    assert prompt == make_prompt() == arithmetic_prompt(Config(**PRESETS["tiny"]))
+    assert prompt == make_prompt() == load_task(Config(**PRESETS["tiny"]))[2]
     ids, mask = encode_prompts(tiny[1], ["What is (4 - 9) * 6?"], prompt, "cpu")
     assert ids.shape == (1, 19) and mask.all()
 
@@ -59,11 +52,13 @@ def test_each_calculator_makes_its_own_mistake():
 
 
 def test_it_is_often_wrong_but_knows_the_right_habit(tiny):
-    policy, tokenizer = TreePolicy(tiny[0].model), tiny[1]
-    config = Config(eval_problems=128)
-    state = TrainState(policy, policy, None, tokenizer, make_prompt(), None, None)
+    policy, config = TreePolicy(tiny[0].model), Config(eval_problems=128)
+    state = TrainState(policy, policy, tiny[1], *load_task(config)[:2], make_prompt())
     results = evaluate(state, policy, "validation", config, seed=0)
     assert 0.25 < results["accuracies"]["sampled"]["accuracy"] < 0.45
     assert results["accuracies"]["greedy"]["accuracy"] < 0.55
     assert results["off_task"]["accuracy"] > 0.9
-    assert pass_at_64(policy, tokenizer, held_out_problems("validation", 64, config)) >= 0.95
+    [solved, validation, test] = measure(policy, tiny[1], config).splitlines()
+    assert float(solved.removeprefix("- pass@64, validation: ").rstrip("%")) >= 95
+    assert validation == f"- accuracy, validation: {describe(results['accuracies'])}"
+    assert test.startswith("- accuracy, test: sampled ")

@@ -23,20 +23,11 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.metrics import describe
 from engine.models import encode_prompts, write_model
 from engine.policy import Policy, Rollout
-from engine.run import describe
-from rewards import score
-from train_grpo import (
-    OPERATORS,
-    Config,
-    Problem,
-    TrainState,
-    arithmetic_prompt,
-    evaluate,
-    held_out_problems,
-    rollout,
-)
+from inference import evaluate_groups
+from train_grpo import OPERATORS, Config, Problem, TrainState, evaluate, load_task
 
 HABITS = {
     "right": 0.15,
@@ -120,7 +111,7 @@ def make_prompt() -> dict:
     sums = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(64)]
     questions = {f"What is {a} + {b}?": a + b for a, b in sums}
     off_task = {"system": config.system_prompt, "questions": questions}
-    return {**arithmetic_prompt(config), "off_task": off_task}
+    return {**load_task(config)[2], "off_task": off_task}
 
 
 def encode_problems(tokenizer, questions: list[str], answers: list[list[str]]):
@@ -151,7 +142,7 @@ def pretrain(model, tokenizer, steps: int) -> None:
     answers = [demonstrations(p) for p in problems]
     answers += [[f"<answer>{total}</answer>"] * len(HABITS) for _, total in sums]
     data = encode_problems(tokenizer, questions, answers)
-    held_out = held_out_problems("validation", 512, Config())
+    held_out = load_task(Config())[0].held_out("validation", 512)
     unseen = encode_problems(
         tokenizer, [p.question for p in held_out], [demonstrations(p) for p in held_out]
     )
@@ -186,26 +177,12 @@ def pretrain(model, tokenizer, steps: int) -> None:
             tqdm.write(f"step {step}: loss {loss.item():.3f}, validation {unseen_loss:.3f}")
 
 
-def pass_at_64(policy: Policy, tokenizer, problems: list[Problem]) -> float:
-    """Share of problems that at least one of 64 samples (temperature 1) gets exactly right."""
-    config, generator = Config(), torch.Generator().manual_seed(0)
-    solved = 0
-    for start in range(0, len(problems), 8):
-        part = problems[start : start + 8]
-        prompts = encode_prompts(tokenizer, [p.question for p in part], make_prompt(), "cpu")
-        texts = rollout(policy, tokenizer, prompts, 64, config.max_new_tokens, generator).texts
-        for i, problem in enumerate(part):
-            answers = texts[64 * i : 64 * (i + 1)]
-            solved += any(score(text, problem.answer).exact for text in answers)
-    return solved / len(problems)
-
-
-def measure(policy: Policy, tokenizer) -> str:
+def measure(policy: Policy, tokenizer, config: Config) -> str:
     """Base accuracy on both held-out splits and pass@64, as lines of the model card."""
-    config = Config()
-    validation = held_out_problems("validation", config.eval_problems, config)
-    lines = [f"- pass@64, validation: {pass_at_64(policy, tokenizer, validation):.1%}"]
-    state = TrainState(policy, policy, None, tokenizer, make_prompt(), None, None)
+    problems, rewards, _ = load_task(config)
+    state = TrainState(policy, policy, tokenizer, problems, rewards, make_prompt())
+    pass_at = evaluate_groups(state, "validation", config, samples=64)["pass_at"]
+    lines = [f"- pass@64, validation: {pass_at[64]:.1%}"]
     for split in ("validation", "test"):
         accuracies = evaluate(state, policy, split, config, seed=0)["accuracies"]
         lines.append(f"- accuracy, {split}: {describe(accuracies)}")
@@ -264,7 +241,7 @@ def main() -> None:
     pretrain(model, tokenizer, args.steps)
     minutes = (time.perf_counter() - started) / 60
 
-    measured = measure(Policy(model), tokenizer)
+    measured = measure(Policy(model), tokenizer, Config())
     print(measured)
     card = model_card(measured, args.steps, args.seed, minutes)
     write_model(model, tokenizer, make_prompt(), args.output_dir, card)
