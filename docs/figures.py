@@ -1,0 +1,220 @@
+"""Draw the figures of the pages from committed metrics, next to the pages.
+
+python docs/figures.py
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.checkpoint import METRICS_FILE
+from engine.run import best_iteration, reason_to_stop, validations
+from plot_metrics import COLOURS, draw_series, read_metrics, save_figure, series
+
+PAGES = Path(__file__).resolve().parent
+STYLE = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
+HEALTHY = PAGES.parent / "results" / "healthy"
+# Line styles differ too, so that a black-and-white print can be read.
+RUNS = {
+    "good": (COLOURS[0], "-"),
+    "rate too high": (COLOURS[1], "--"),
+    "no signal": (COLOURS[2], "-."),
+    "truncation": (COLOURS[3], ":"),
+}
+
+
+def healthy_run(label: str) -> dict:
+    return read_metrics(HEALTHY / label.replace(" ", "_") / METRICS_FILE)
+
+
+def draw_healthy(axes, name: str, title: str) -> None:
+    """Draw the moving average of one metric in the good run and in the sick ones."""
+    for label, (colour, line) in RUNS.items():
+        _, smooth = series(healthy_run(label), name)
+        axes.plot(range(1, len(smooth) + 1), smooth, line, color=colour, label=label, linewidth=1.8)
+    axes.set(xlabel="iteration", ylabel=title)
+
+
+def two_panels() -> tuple[Figure, list]:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, 2))
+
+
+def legend_above(figure: Figure, axes) -> None:
+    """One legend for all panels, above them, where it covers no line."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
+def healthy_reward() -> Figure:
+    figure, (reward, entropy) = two_panels()
+    draw_healthy(reward, "reward", "reward per completion")
+    draw_healthy(entropy, "entropy", "entropy (nats per token)")
+    reward.set_ylim(0, 1.02)
+    entropy.set_yscale("log")
+    legend_above(figure, reward)
+    return figure
+
+
+def healthy_signal() -> Figure:
+    figure, (zero_std, truncated) = two_panels()
+    draw_healthy(zero_std, "frac_zero_std_groups", "share of groups with equal rewards")
+    draw_healthy(truncated, "truncated", "share of completions truncated")
+    for axes in (zero_std, truncated):
+        axes.set_ylim(-0.02, 1.04)
+    legend_above(figure, zero_std)
+    return figure
+
+
+def healthy_loss() -> Figure:
+    figure, (kl, loss) = two_panels()
+    draw_healthy(kl, "kl", "KL from the reference (nats per token)")
+    kl.set_yscale("symlog", linthresh=0.1)
+    kl.yaxis.set_major_formatter("{x:g}")
+    kl.set_ylim(bottom=0)
+    legend_above(figure, kl)
+    good = healthy_run("good")
+    draw_series(loss, good, "loss", RUNS["good"][0], "loss of the good run", faint=True)
+    _, penalty = series(good, "kl_penalty")
+    label = f"its KL term, {good['config']['beta']} x kl_penalty"
+    loss.plot(range(1, len(penalty) + 1), good["config"]["beta"] * penalty, "k--", label=label)
+    loss.set(xlabel="iteration", ylabel="loss (mean of two updates)")
+    loss.axhline(0, color="0.35", linewidth=0.8)
+    loss.legend(loc="upper right")
+    return figure
+
+
+LESSONS = PAGES.parent / "results" / "lessons"
+PAST_BEST = "past_best"  # TODO
+STOPS = {"--patience 3": {"patience": 3}, "--max_kl 0.5": {"max_kl": 0.5}}
+FORGETTING = {
+    "5e-5, the preset's": {0: "beta0_s0", 0.04: "base_s0", 0.4: "beta0.4_s0"},
+    "5e-4, ten times that": {0: "lr5e-4_beta0_s0", 0.04: "lr5e-4_s0", 0.4: "lr5e-4_beta0.4_s0"},
+}
+BASES = {
+    "bundled, 8000 steps": ("bundled.json", "base_s0"),
+    "240 steps": ("less.json", "less_s0"),
+}
+LINES = ("o-", "s--", "D-.", "^:", "v-")  # markers, because a run has few validations
+
+
+def lesson_run(name: str) -> dict:
+    return read_metrics(LESSONS / name / METRICS_FILE)
+
+
+def draw_validations(axes, metrics: dict, value: Callable, style: int, label: str) -> None:
+    """Draw `value(evaluation)` of each validation, in the colour and line of this number."""
+    points = [(e["iteration"], value(e)) for e in validations(metrics)]
+    colour, line = COLOURS[style], LINES[style]
+    axes.plot(*zip(*points, strict=True), line, color=colour, markersize=4, label=label)
+    axes.set_xlabel("iteration")
+
+
+def part_of(name: str) -> Callable[[dict], float]:
+    """The mean of one part of the reward over the completions sampled in an evaluation."""
+    return lambda evaluation: evaluation["accuracies"]["sampled"]["parts"][name]
+
+
+def accuracy_of(kind: str, evaluation: dict) -> float:
+    return evaluation["accuracies"][kind]["accuracy"]
+
+
+def stop_iteration(metrics: dict, **flags) -> int:
+    """The iteration after which these flags would have ended a run, by the trainer's own rule."""
+    for done in range(1, len(metrics["iterations"]) + 1):
+        seen = {
+            "config": metrics["config"] | flags,
+            "iterations": metrics["iterations"][:done],
+            "evaluations": [e for e in metrics["evaluations"] if e["iteration"] <= done],
+        }
+        if reason_to_stop(seen):
+            break
+    return done
+
+
+def lesson_reward() -> Figure:
+    figure, panels = two_panels()
+    for axes, judge in zip(panels, ("last_number", "exact"), strict=True):
+        for style, part in enumerate(("last_number", "exact")):
+            draw_validations(axes, lesson_run(judge), part_of(part), style, f"earn {part}")
+        axes.set(ylabel="share of validation answers", ylim=(-0.02, 1.02))
+        axes.set_title(f"trained on {judge}", fontsize=10)
+    legend_above(figure, panels[0])
+    return figure
+
+
+def lesson_forgetting() -> Figure:
+    figure, panels = two_panels()
+    for axes, (rate, runs) in zip(panels, FORGETTING.items(), strict=True):
+        for style, (beta, name) in enumerate(runs.items()):
+            label = f"beta {beta}"
+            draw_validations(
+                axes, lesson_run(name), lambda e: e["off_task"]["accuracy"], style, label
+            )
+        axes.set(ylabel="share of sums answered right", ylim=(-0.02, 1.04))
+        axes.set_title(f"learning rate {rate}", fontsize=10)
+    legend_above(figure, panels[0])
+    return figure
+
+
+def lesson_stopping() -> Figure:
+    figure, (accuracy, kl) = two_panels()
+    metrics = lesson_run(PAST_BEST)
+    for style, kind in enumerate(("sampled", "greedy")):
+        value = partial(accuracy_of, kind)
+        draw_validations(accuracy, metrics, value, style, f"validation, {kind}")
+    _, smooth = series(metrics, "kl")
+    kl.plot(range(1, len(smooth) + 1), smooth, "k-", linewidth=1.8, label="kl, mean of 50")
+    ends = {"best": best_iteration(metrics)}
+    ends |= {label: stop_iteration(metrics, **flags) for label, flags in STOPS.items()}
+    for style, (label, iteration) in enumerate(ends.items(), start=2):
+        for axes in (accuracy, kl):
+            axes.axvline(iteration, color=COLOURS[style], linestyle=LINES[style][1:], label=label)
+    accuracy.set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    kl.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
+    kl.set_yscale("symlog", linthresh=0.1)
+    kl.yaxis.set_major_formatter("{x:g}")
+    kl.set_ylim(bottom=0)
+    legend_above(figure, accuracy)
+    return figure
+
+
+def lesson_base() -> Figure:
+    figure, (pass_at, accuracy) = two_panels()
+    for style, (label, (base, run)) in enumerate(BASES.items()):
+        measured = json.loads((LESSONS / base).read_text())["pass_at"]
+        colour, line = COLOURS[style], LINES[style]
+        points = [(int(k), share) for k, share in measured.items()]
+        pass_at.plot(*zip(*points, strict=True), line, color=colour, markersize=4, label=label)
+        draw_validations(accuracy, lesson_run(run), partial(accuracy_of, "sampled"), style, label)
+    pass_at.set_xscale("log", base=2)
+    pass_at.xaxis.set_major_formatter("{x:g}")
+    pass_at.set(xlabel="k, samples per problem", ylabel="pass@k before training")
+    accuracy.set(ylabel="sampled validation accuracy")
+    for axes in (pass_at, accuracy):
+        axes.set_ylim(-0.02, 1.02)
+    legend_above(figure, pass_at)
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "healthy_reward.png": healthy_reward,
+    "healthy_signal.png": healthy_signal,
+    "healthy_loss.png": healthy_loss,
+}
+
+
+def draw_figures(output: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        for name, draw in FIGURES.items():
+            save_figure(draw(), output / name)
+
+
+if __name__ == "__main__":
+    draw_figures(PAGES)
+    print("wrote " + ", ".join(FIGURES))
