@@ -90,11 +90,12 @@ def healthy_loss() -> Figure:
 
 
 LESSONS = PAGES.parent / "results" / "lessons"
-PAST_BEST = "past_best"  # TODO
-STOPS = {"--patience 3": {"patience": 3}, "--max_kl 0.5": {"max_kl": 0.5}}
+PAST_BEST = {"rate 2e-4": "lr2e-4_s0", "rate 5e-4, beta 0, seed 1": "lr5e-4_beta0_s1"}
+STOPS = {"--patience 3": {"patience": 3}, "--max_kl 1": {"max_kl": 1}}
 FORGETTING = {
-    "5e-5, the preset's": {0: "beta0_s0", 0.04: "base_s0", 0.4: "beta0.4_s0"},
-    "5e-4, ten times that": {0: "lr5e-4_beta0_s0", 0.04: "lr5e-4_s0", 0.4: "lr5e-4_beta0.4_s0"},
+    "5e-5": {0: "beta0_s0", 0.04: "base_s0", 0.4: "beta0.4_s0"},
+    "5e-4": {0: "lr5e-4_beta0_s0", 0.04: "lr5e-4_s0", 0.4: "lr5e-4_beta0.4_s0"},
+    "5e-4, seed 1": {0: "lr5e-4_beta0_s1", 0.04: "lr5e-4_s1", 0.4: "lr5e-4_beta0.4_s1"},
 }
 BASES = {
     "bundled, 8000 steps": ("bundled.json", "base_s0"),
@@ -124,17 +125,17 @@ def accuracy_of(kind: str, evaluation: dict) -> float:
     return evaluation["accuracies"][kind]["accuracy"]
 
 
-def stop_iteration(metrics: dict, **flags) -> int:
-    """The iteration after which these flags would have ended a run, by the trainer's own rule."""
+def stopped(metrics: dict, **flags) -> dict:
+    """The metrics of a run up to where these flags would have ended it, by the trainer's rule."""
     for done in range(1, len(metrics["iterations"]) + 1):
         seen = {
             "config": metrics["config"] | flags,
             "iterations": metrics["iterations"][:done],
-            "evaluations": [e for e in metrics["evaluations"] if e["iteration"] <= done],
+            "evaluations": [e for e in validations(metrics) if e["iteration"] <= done],
         }
         if reason_to_stop(seen):
             break
-    return done
+    return seen
 
 
 def lesson_reward() -> Figure:
@@ -150,7 +151,7 @@ def lesson_reward() -> Figure:
 
 def lesson_forgetting() -> Figure:
     figure, panels = two_panels()
-    for axes, (rate, runs) in zip(panels, FORGETTING.items(), strict=True):
+    for axes, (rate, runs) in zip(panels, FORGETTING.items(), strict=False):  # seed 0
         for style, (beta, name) in enumerate(runs.items()):
             label = f"beta {beta}"
             draw_validations(
@@ -163,24 +164,22 @@ def lesson_forgetting() -> Figure:
 
 
 def lesson_stopping() -> Figure:
-    figure, (accuracy, kl) = two_panels()
-    metrics = lesson_run(PAST_BEST)
-    for style, kind in enumerate(("sampled", "greedy")):
-        value = partial(accuracy_of, kind)
-        draw_validations(accuracy, metrics, value, style, f"validation, {kind}")
-    _, smooth = series(metrics, "kl")
-    kl.plot(range(1, len(smooth) + 1), smooth, "k-", linewidth=1.8, label="kl, mean of 50")
-    ends = {"best": best_iteration(metrics)}
-    ends |= {label: stop_iteration(metrics, **flags) for label, flags in STOPS.items()}
-    for style, (label, iteration) in enumerate(ends.items(), start=2):
-        for axes in (accuracy, kl):
-            axes.axvline(iteration, color=COLOURS[style], linestyle=LINES[style][1:], label=label)
-    accuracy.set(ylabel="accuracy", ylim=(-0.02, 1.02))
-    kl.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
-    kl.set_yscale("symlog", linthresh=0.1)
-    kl.yaxis.set_major_formatter("{x:g}")
-    kl.set_ylim(bottom=0)
-    legend_above(figure, accuracy)
+    figure, panels = two_panels()
+    for axes, (label, name) in zip(panels, PAST_BEST.items(), strict=True):
+        metrics = lesson_run(name)
+        draw_validations(axes, metrics, partial(accuracy_of, "sampled"), 0, "sampled accuracy")
+        draw_validations(axes, metrics, lambda e: e["off_task"]["accuracy"], 3, "off-task sums")
+        axes.axvline(
+            best_iteration(metrics), color=COLOURS[2], linewidth=5, alpha=0.4, label="best"
+        )
+        for line, (flag, settings) in zip(("--", ":"), STOPS.items(), strict=True):
+            end = len(stopped(metrics, **settings)["iterations"])
+            if end < len(metrics["iterations"]):
+                axes.axvline(end, color=COLOURS[6], linestyle=line, label=f"{flag} stops")
+        axes.set(ylabel="share of answers right", ylim=(-0.02, 1.04))
+        axes.set_title(label, fontsize=10)
+    handles = panels[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=5)
     return figure
 
 
@@ -206,6 +205,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "healthy_reward.png": healthy_reward,
     "healthy_signal.png": healthy_signal,
     "healthy_loss.png": healthy_loss,
+    "lesson_reward.png": lesson_reward,
+    "lesson_forgetting.png": lesson_forgetting,
+    "lesson_stopping.png": lesson_stopping,
+    "lesson_base.png": lesson_base,
+    # Lesson 5: "lesson_task.png"
 }
 
 
