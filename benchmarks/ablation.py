@@ -1,147 +1,241 @@
-"""Ablation: the bundled model trained with one setting of its preset changed at a time.
+"""Does a setting matter? The bundled model, trained by its preset with some settings changed.
 
-    python benchmarks/ablation.py              # three seeds of each setting, 300 iterations each
-    python benchmarks/ablation.py --seeds 1    # a third of the time
+    python benchmarks/ablation.py                       # GRPO, Dr. GRPO, DAPO's loss, beta 0
+    python benchmarks/ablation.py --vary learning_rate=1e-5,2e-5 --seeds 5    # any setting
 
-Starts from the `tiny` preset and changes the learning rate, the KL term, its weight or the number
-of inner updates. Prints a table, and writes ablation.json and ablation.png here, or to --output.
-Runs that the result file holds are not repeated: delete it to start afresh.
+All variants train with the same seeds, so they draw the same problems. Two tables: the mean over
+the seeds, and the difference from the first variant, paired by seed. Both give 95% t intervals of
+the mean. A difference whose interval holds 0 may be noise.
+
+Each run is a process of its own with one thread; `--jobs 2` keeps two cores busy. Writes
+ablation.json and ablation.png here (ablation_learning_rate, if that is varied), or to --output.
+Runs that the result file holds are not repeated.
 """
 
-import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, stdev
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import HERE, read_settings, write_result
-from engine.checkpoint import read_json
-from engine.cli import exit_code, setting
+from engine.checkpoint import METRICS_FILE, read_json
+from engine.cli import UserError, exit_code, setting
+from engine.run import validations
 from plot_metrics import COLOURS, save_figure
-from train_grpo import PRESETS, Config
+from train_grpo import PRESETS, Config, parse_config
 
-AXES = {
-    "learning_rate": [1e-7, 1e-6, 5e-6, 2e-5, 5e-5, 1e-4],
-    "kl_estimator": ["k3", "k3_inverse"],
-    "beta": [0.0, 0.04, 0.4],
-    "num_inner_updates": [1, 2, 5],
+VARIANTS = {
+    "GRPO": ["--loss_type=grpo"],
+    "Dr. GRPO": ["--loss_type=dr_grpo", "--scale_rewards=none"],
+    "DAPO's loss, clip-higher": ["--loss_type=dapo", "--epsilon_high=0.28"],
+    "GRPO, beta 0": ["--beta=0"],
 }
-LAST = 50  # iterations over which kl is averaged
+NOT_VARIED = {"preset", "output_dir", "resume", "seed"}  # the script sets these itself
+GOAL = 0.9  # greedy validation accuracy
+LAST = 50  # iterations whose median kl is recorded
+# The 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+
+
+class Measure(NamedTuple):
+    """A column of the tables."""
+
+    heading: str
+    factor: float
+    decimals: int
+
+
+MEASURES = {
+    "iterations": Measure(f"iterations to {GOAL:.0%}", 1, 0),
+    "seconds": Measure(f"seconds to {GOAL:.0%}", 1, 1),
+    "sampled": Measure("sampled, test (%)", 100, 1),
+    "greedy": Measure("greedy, test (%)", 100, 1),
+    "kl": Measure(f"kl, last {LAST}", 1, 3),
+}
 
 
 @dataclass
 class Settings:
-    seeds: int = setting(3, "runs of each setting", 1)
-    iterations: int = setting(300, "of each run", 1)
+    vary: str = setting("", "setting=value,value,... to compare instead of the losses")
+    seeds: int = setting(5, "runs of each variant", 1, len(T) + 1)
+    iterations: int = setting(200, "of each run", 1)
+    eval_every: int = setting(10, "iterations between validations", 1)
+    eval_problems: int = setting(512, "problems of a validation and of the test", 1)
+    jobs: int = setting(1, "runs at a time", 1)
     output: str = setting("", "result file; by default it goes beside this script")
 
 
+def read_vary(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the setting to vary, and the flags of each variant. Raises UserError."""
+    name, _, values = text.partition("=")
+    if name not in asdict(Config()) or name in NOT_VARIED:
+        raise UserError(
+            f"--vary {text}: {name!r} is no setting of train_grpo.py that can be varied"
+        )
+    if not values:
+        raise UserError(f"--vary {text}: give the values too, as in --vary {name}=A,B")
+    variants = {f"{name}={value}": [f"--{name}={value}"] for value in values.split(",")}
+    for flags in variants.values():
+        with redirect_stdout(None):
+            parse_config(["--preset=tiny", *flags])  # a bad value is an error before the first run
+    return name, variants
+
+
+def time_to_goal(metrics: dict) -> dict:
+    """Iterations, and seconds spent in them, until the first validation that reaches GOAL.
+
+    Both are None if none does.
+    """
+    for e in validations(metrics):
+        if e["accuracies"]["greedy"]["accuracy"] >= GOAL:
+            done = metrics["iterations"][: e["iteration"]]
+            return {"iterations": len(done), "seconds": sum(m["seconds"] for m in done)}
+    return {"iterations": None, "seconds": None}
+
+
 def run(flags: list[str]) -> dict:
-    """Train once. Returns accuracy on the test problems before and after, and kl."""
+    """Train once. The test accuracies are those of the saved policy, the best by validation."""
     with TemporaryDirectory() as folder:
-        script = HERE.parent / "train_grpo.py"
-        command = [sys.executable, str(script), "--preset", "tiny", "--eval_every", "0", *flags]
+        command = [sys.executable, str(HERE.parent / "train_grpo.py"), "--preset=tiny", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            [*command, "--output_dir", folder], cwd=folder, capture_output=True, text=True
+            [*command, f"--output_dir={folder}"], capture_output=True, text=True, env=environment
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(flags)}: {done.stderr}")
-        metrics = read_json(Path(folder) / "grpo_metrics.json")
-    tested = [e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test"]
-    kl = [m["kl"] for m in metrics["iterations"]]
+        metrics = read_json(Path(folder) / METRICS_FILE)
+    [*_, tested] = (e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test")
     return {
-        **{kind: tested[-1][kind]["accuracy"] for kind in ("sampled", "greedy")},
-        "sampled_before": tested[0]["sampled"]["accuracy"],
-        "kl": fmean(kl[-LAST:]),
-        "kl_max": max(kl),
-        "seconds": metrics["seconds"],
+        **time_to_goal(metrics),
+        **{kind: tested[kind]["accuracy"] for kind in ("sampled", "greedy")},
+        "kl": median(m["kl"] for m in metrics["iterations"][-LAST:]),
+        "git_commit": metrics["environment"]["git_commit"],
     }
 
 
-def preset_value(axis: str):
-    return PRESETS["tiny"].get(axis, getattr(Config, axis))
+def run_all(settings: Settings, variants: dict[str, list[str]], output: Path) -> dict:
+    """Do the runs that `output` lacks, and write it after each. Returns all runs by variant, seed.
+
+    Raises UserError if the runs in `output` were done with other settings.
+    """
+    same = {name: getattr(settings, name) for name in ("iterations", "eval_every", "eval_problems")}
+    same["preset"] = PRESETS["tiny"]
+    known = read_json(output) if output.exists() else {"settings": same, "runs": {}}
+    if known["settings"] != same:
+        raise UserError(f"{output} holds runs with {known['settings']}; delete it or name another")
+    runs = {label: known["runs"].get(label, {}) for label in [*known["runs"], *variants]}
+    seeds = [str(seed) for seed in range(settings.seeds)]
+    missing = [(label, seed) for seed in seeds for label in variants if seed not in runs[label]]
+    flags = [f"--num_iterations={settings.iterations}", f"--eval_every={settings.eval_every}"]
+    flags.append(f"--eval_problems={settings.eval_problems}")
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        todo = [[*flags, f"--seed={seed}", *variants[label]] for label, seed in missing]
+        for (label, seed), result in zip(missing, pool.map(run, todo), strict=True):
+            runs[label][seed] = result
+            print(f"{label}, seed {seed}: {result}", flush=True)
+            write_result(output, {"settings": same, "runs": runs})
+    return {label: {seed: runs[label][seed] for seed in seeds} for label in variants}
 
 
-def run_all(settings: Settings, output: Path) -> dict[str, list[dict]]:
-    """Run what `output` lacks, and write it after each run. Returns the runs by `axis=value`."""
-    runs: dict[str, list[dict]] = {}
-    if output.exists():
-        known = read_json(output)
-        runs = known["runs"] if known["iterations"] == settings.iterations else {}
-    for seed in range(settings.seeds):
-        for axis, values in AXES.items():
-            for value in values:
-                # The preset itself is a point on every axis; it runs only once.
-                key = "preset" if value == preset_value(axis) else f"{axis}={value}"
-                if len(runs.setdefault(key, [])) > seed:
-                    continue
-                flags = [f"--num_iterations={settings.iterations}", f"--seed={seed}"]
-                runs[key].append(run(flags if key == "preset" else [*flags, f"--{key}"]))
-                print(f"seed {seed}, {key}: {json.dumps(runs[key][-1])}", flush=True)
-                write_result(output, {"iterations": settings.iterations, "runs": runs})
-    return runs
+def half_interval(values: list[float]) -> float:
+    """Half the width of the 95% t interval of the mean of at least two values."""
+    return T[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
-def rows(runs: dict[str, list[dict]]):
-    """Yield (axis, value, runs) in the order of AXES."""
-    for axis, values in AXES.items():
-        for value in values:
-            yield axis, value, runs["preset" if value == preset_value(axis) else f"{axis}={value}"]
+def cell(values: list[float], runs: int, measure: Measure, sign: str = "") -> str:
+    """`mean ± half the interval`; with how many of the runs, if some have no value."""
+    some = f"{len(values)} of {runs} runs"
+    if not values:
+        return some
+    text = f"{measure.factor * fmean(values):{sign}z.{measure.decimals}f}"  # z: no -0
+    if len(values) > 1:
+        text += f" ± {measure.factor * half_interval(values):.{measure.decimals}f}"
+    return text if len(values) == runs else f"{text} ({some})"
 
 
-def print_table(runs: dict[str, list[dict]]) -> None:
-    print(f"| setting | value | sampled, test | greedy, test | kl, last {LAST} | kl, largest |")
-    print("|---|---|---|---|---|---|")
-    for axis, value, some in rows(runs):
-        print(table_line(axis, value, some))
+def values_of(runs: dict[str, dict], name: str) -> list[float]:
+    """A measure of the runs that have it."""
+    return [run[name] for run in runs.values() if run[name] is not None]
 
 
-def table_line(axis: str, value, some: list[dict]) -> str:
-    """A line of the table: mean and range over the seeds."""
-    cells = [f"`{axis}`", f"**{value}**" if value == preset_value(axis) else f"{value}"]
-    for name, form in (("sampled", ".1%"), ("greedy", ".1%"), ("kl", ".3f"), ("kl_max", ".1f")):
-        found = [once[name] for once in some]
-        span = f" ({min(found):{form}} to {max(found):{form}})"
-        cells.append(f"{fmean(found):{form}}{span}")
-    return "| " + " | ".join(cells) + " |"
+def differences(runs: dict[str, dict], first: dict[str, dict], name: str) -> list[float]:
+    """A measure minus that of the first variant, for each seed where both have it."""
+    pairs = [(runs[seed][name], first[seed][name]) for seed in runs]
+    return [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
 
 
-def draw(runs: dict[str, list[dict]], picture: Path) -> None:
-    """A column per axis: accuracy above, kl below; a dot per run, a line through the means."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    panels = figure.subplots(2, len(AXES), sharey="row")
-    for column, (axis, values) in enumerate(AXES.items()):
-        found = [some for at, _, some in rows(runs) if at == axis]
-        for row, names in enumerate((("sampled", "greedy"), ("kl",))):
-            axes = panels[row][column]
-            for name, colour in zip(names, COLOURS, strict=False):
-                means = [fmean(once[name] for once in some) for some in found]
-                axes.plot(range(len(values)), means, color=colour, label=name)
-                for x, some in enumerate(found):
-                    dots = [once[name] for once in some]
-                    axes.plot([x] * len(dots), dots, "o", color=colour, ms=3, alpha=0.6)
-            axes.set_xticks(range(len(values)), [str(value) for value in values])
-            axes.grid(alpha=0.3)
-        panels[0][column].set_title(axis)
-        panels[1][column].set_yscale("symlog", linthresh=1e-3)
-    panels[0][0].set(ylabel="share right, test", ylim=(0, 1.02))
-    panels[0][0].legend()
-    panels[1][0].set_ylabel(f"kl, mean of the last {LAST}")
+def tables(results: dict[str, dict[str, dict]]) -> tuple[list[str], list[str]]:
+    """The table of the means and that of the differences, as lines of Markdown."""
+    [(label, first), *others] = results.items()
+    headings = [measure.heading for measure in MEASURES.values()]
+    means = [["variant", *headings], ["---"] * (1 + len(MEASURES))]
+    paired = [[f"minus {label}", *headings], means[1]]
+    for label, runs in results.items():
+        columns = MEASURES.items()
+        means.append([label, *(cell(values_of(runs, n), len(runs), m) for n, m in columns)])
+    for label, runs in others:
+        cells = (cell(differences(runs, first, n), len(runs), m, "+") for n, m in MEASURES.items())
+        paired.append([label, *cells])
+    means, paired = ([f"| {' | '.join(cells)} |" for cells in rows] for rows in (means, paired))
+    return means, paired
+
+
+def draw(results: dict[str, dict[str, dict]], picture: Path) -> None:
+    """Time to the goal, and test accuracy: a dot per seed, the mean and its interval."""
+    figure = Figure(figsize=(9, 1.2 + 0.6 * len(results)), layout="constrained")
+    time, accuracy = figure.subplots(1, 2, sharey=True)
+    drawn = [(time, "iterations", COLOURS[0], "o", 0.0)]
+    drawn += [
+        (accuracy, "sampled", COLOURS[2], "o", -0.2),
+        (accuracy, "greedy", COLOURS[1], "s", 0.2),
+    ]
+    for axes, name, colour, marker, shift in drawn:
+        factor = MEASURES[name].factor
+        for y, runs in enumerate(results.values()):
+            values = [factor * value for value in values_of(runs, name)]
+            label = name if y == 0 else None
+            n = len(values)
+            heights = [y + shift + 0.2 * ((i + 0.5) / n - 0.5) for i in range(n)]  # equal ones show
+            axes.plot(values, heights, marker, color=colour, ms=4, alpha=0.6, label=label)
+            if not values:
+                place = axes.get_yaxis_transform()
+                axes.text(0.5, y, "not reached", ha="center", va="center", transform=place)
+            if n > 1:
+                mean, half = fmean(values), half_interval(values)
+                style = {"fmt": "|", "color": colour, "ms": 14, "capsize": 4}
+                axes.errorbar(mean, y + shift, xerr=half, **style)
+        axes.grid(alpha=0.3)
+    time.set_yticks(range(len(results)), results)
+    time.invert_yaxis()  # the first variant on top
+    # With few seeds an interval may end beyond what is possible.
+    time.set_xlim(left=max(0, time.get_xlim()[0]))
+    accuracy.set_xlim(right=min(100.5, accuracy.get_xlim()[1]))
+    time.set_xlabel(f"iterations to {GOAL:.0%} greedy validation accuracy")
+    accuracy.set_xlabel("test accuracy (% exact)")
+    accuracy.legend()
+    figure.suptitle("a dot per run; their mean with its 95% interval", fontsize=10)
     save_figure(figure, picture)
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
-    output = Path(settings.output or HERE / "ablation.json")
-    runs = run_all(settings, output)
-    print_table(runs)
-    draw(runs, output.with_suffix(".png"))
-    print(f"wrote {output} and {output.with_suffix('.png').name}")
+    name, variants = read_vary(settings.vary) if settings.vary else ("", VARIANTS)
+    output = Path(settings.output or HERE / ("ablation" + f"_{name}" * bool(name) + ".json"))
+    results = run_all(settings, variants, output)
+    for table in tables(results):
+        print("\n".join(["", *table]))
+    draw(results, output.with_suffix(".png"))
+    print(f"\nwrote {output.with_suffix('.png')}")
     return 0
 
 

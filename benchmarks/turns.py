@@ -13,17 +13,10 @@ import transformers
 
 from benchmarks.common import CPU, Work, memory, never_end, start
 from engine.cli import UserError
+from engine.metrics import describe
 from engine.models import load_model
 from engine.policy import Policy
-from engine.run import describe
-from train_grpo import (
-    TrainState,
-    arithmetic_prompt,
-    evaluate,
-    reward_function,
-    train_iteration,
-    training_problems,
-)
+from train_grpo import TrainState, evaluate, load_task, reward_function, train_iteration
 
 
 class Turn(NamedTuple):
@@ -77,8 +70,8 @@ def run_ours(work: Work, pipe: Connection) -> None:
 def run_trl(work: Work, pipe: Connection) -> None:
     trainer = make_trainer(work)
     # As much of a state as evaluating takes.
-    policy, prompt = Policy(trainer.model), arithmetic_prompt(work.config)
-    state = TrainState(policy, policy, None, trainer.processing_class, prompt, None, None)
+    policy, tokenizer = Policy(trainer.model), trainer.processing_class
+    state = TrainState(policy, policy, tokenizer, *load_task(work.config))
     lengths = trainer._metrics["train"]["completions/mean_length"]
     turns = Turns(pipe, lengths, lambda: accuracies(state, work))
 
@@ -106,19 +99,19 @@ def make_trainer(work: Work):
         never_end(model, tokenizer)
     if config.dtype == "bfloat16":
         model.set_attn_implementation("eager")  # faster than fused on a CPU
-    prompt = arithmetic_prompt(config)
+    problems, rewards, prompt = load_task(config)
     chat = [{"role": "system", "content": prompt["system"]}]
     for question, answer in prompt["examples"]:
         chat.append({"role": "user", "content": question})
         chat.append({"role": "assistant", "content": answer})
-    problems = training_problems(20_000, random.Random(config.seed), config)
     rows = [
         {"prompt": [*chat, {"role": "user", "content": p.question}], "answer": p.answer}
-        for p in problems
+        for p in problems.draw(20_000, random.Random(config.seed))
     ]
 
     def reward(completions: list, answer: list[int], **_) -> list[float]:
-        return reward_function([c[0]["content"] for c in completions], answer).sum(dim=1).tolist()
+        texts = [completion[0]["content"] for completion in completions]
+        return reward_function(texts, answer, rewards)[0].tolist()
 
     settings = GRPOConfig(
         output_dir=mkdtemp(),
@@ -133,8 +126,9 @@ def make_trainer(work: Work):
         max_grad_norm=config.clip_grad_norm,
         beta=config.beta,
         epsilon=config.epsilon,
-        loss_type="grpo",
-        scale_rewards="group",
+        epsilon_high=config.epsilon_high or None,
+        loss_type=config.loss_type,
+        scale_rewards=config.scale_rewards,
         use_bias_correction_kl=False,
         seed=config.seed,
         bf16=config.dtype == "bfloat16",  # autocast

@@ -110,6 +110,11 @@ def distributed_rows() -> list[str]:
     ]
 
 
+def own_problem_rows() -> list[str]:
+    reasoning = [result_row(f"reasoning, seed {n}", f"reasoning/seed{n}") for n in range(2)]
+    return [*reasoning, result_row("spelling, seed 0", "spelling")]
+
+
 class Table(NamedTuple):
     page: str
     heading: str  # how its first line starts
@@ -121,6 +126,7 @@ TABLES = [
     Table("README.md", RUNS, lambda: [result_row(f"seed {n}", f"tiny/seed{n}") for n in range(3)]),
     Table("docs/training.md", RUNS, lambda: [result_row("lr 1e-7", "tiny_reference")]),
     Table("docs/real_llm.md", RUNS, lambda: [result_row("seed 0", "smollm2_cpu")]),
+    Table("docs/your_own_problem.md", RUNS, own_problem_rows),
     Table("docs/performance.md", "| model | batch |", trl_rows),
     Table("docs/performance.md", "| G | this loop |", group_rows),
     Table("docs/performance.md", "| seconds of training |", accuracy_rows),
