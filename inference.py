@@ -8,8 +8,8 @@
     python inference.py --evaluate --problems my.jsonl --rewards my.py     # ... on your own task
 
 The model is saved_model/ if training has left one there, else the model that training would start
-from. It is asked as it was trained to be asked. The answer printed is what the reward file of its
-training (or --rewards) reads in the completion; `no answer` if nothing, and for an empty line.
+from. The prompt is the one it was trained with. The reward file of its training (or --rewards)
+extracts the answer; `no answer` means that there is none or that the line is empty.
 """
 
 import argparse
@@ -43,7 +43,13 @@ from train_grpo import PRESETS, Config, TrainState, evaluate, load_task, reward_
 
 BATCH = 128  # completions decoded at a time
 LONGEST = 4000  # characters of a question
-ASKED = ("system_prompt", "num_examples", "max_new_tokens")  # settings of how a model is asked
+# Settings of how a model is asked, and the keys of grpo_prompt.json that they change.
+ASKED = {
+    "system_prompt": "system",
+    "num_examples": "examples",
+    "max_new_tokens": "max_new_tokens",
+    "chat_template_kwargs": "chat_template_kwargs",
+}
 
 
 def config_of(name: str, **flags) -> Config:
@@ -131,7 +137,8 @@ def most_common_answer(completions: list[str], parse: Callable) -> str:
     """The answer that most completions give (the first one in a tie), or `no answer`."""
     answers = [parse(text) for text in completions]
     counted = Counter(str(answer) for answer in answers if answer is not None)
-    return counted.most_common(1)[0][0] if counted else "no answer"
+    # On one line, as the question is.
+    return " ".join(counted.most_common(1)[0][0].split()) if counted else "no answer"
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -163,12 +170,16 @@ def evaluate_groups(state: TrainState, split: str, config: Config, samples: int)
 
 
 def print_evaluation(
-    name: str, device: torch.device, config: Config, samples: int, as_trained: bool
+    name: str, device: torch.device, config: Config, samples: int, changed: list[str]
 ) -> None:
-    """Print the accuracy of a model on test problems; with several samples, pass@k too."""
+    """Print the accuracy of a model on test problems; with several samples, pass@k too.
+
+    `changed` are the keys of the prompt that differ from the one it was trained with.
+    """
     problems, rewards, made = load_task(config)
     model, tokenizer = load_model(name, device)
-    prompt, length = as_trained and read_prompt(name) or made, config.max_new_tokens
+    prompt = (read_prompt(name) or made) | {key: made[key] for key in changed}
+    length = config.max_new_tokens
     prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
     check_length(model, prompts[0], length)
     dtype = choose_dtype("auto", device)
@@ -212,7 +223,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluate", action="store_true", help="measure accuracy on test problems")
     parser.add_argument("--problems", help="JSONL file to evaluate on; default: as in training")
     parser.add_argument("--eval_problems", type=int, help="how many; default: 512")
-    for name, kind in zip(ASKED, (str, int, int), strict=True):
+    for name, kind in zip(ASKED, (str, int, int, str), strict=True):
         parser.add_argument(f"--{name}", type=kind, help="as of train_grpo.py; default: as trained")
     args = parser.parse_args(argv)
     if args.num_samples < 1:
@@ -251,8 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.evaluate:
         if warning:
             raise UserError(f"{warning}; name one with --rewards")
-        as_trained = not flags.keys() & {*ASKED}
-        print_evaluation(name, device, config, args.num_samples, as_trained)
+        changed = [key for flag, key in ASKED.items() if flag in flags]
+        print_evaluation(name, device, config, args.num_samples, changed)
         return 0
     model, tokenizer = load_model(name, device)
     policy, prompt = Policy(model, choose_dtype("auto", device)), prompt_of(name, **flags)

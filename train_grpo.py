@@ -40,6 +40,7 @@ from engine.policy import Policy, Rollout, frozen_copy, sample_tokens
 from engine.problems import SPLITS, ProblemFile, RewardFile, split_of
 from engine.run import RunLogger, already_finished
 from engine.tree import choose_policy
+from rewards import score
 
 
 @dataclass
@@ -459,6 +460,7 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
         for start in range(0, len(mine), 128):
             questions = [p.question for p in mine[start : start + 128]]
             prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
+            models.check_length(policy.model, prompts[0], length)
             texts += rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
         texts = sum(distributed.all_gather(texts), [])
         pairs = zip(texts, problems, strict=True)
@@ -480,8 +482,7 @@ def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int)
     batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))
     kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
     pairs = zip(batch.texts, answers, strict=True)
-    score = RewardFile().score
-    right = [score(text, answer)["exact"] for text, answer in pairs if answer is not None]
+    right = [score(text, answer).exact for text, answer in pairs if answer is not None]
     return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
 
 
@@ -492,6 +493,7 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     problems = distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
     questions = [problem.question for problem in problems]
     prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
+    models.check_length(state.policy.model, prompts[0], length)
     batch = rollout(state.policy, state.tokenizer, prompts, group, length, state.token_rng)
     answers = [problem.answer for problem in problems for _ in range(group)]
     rewards, parts = reward_function(batch.texts, answers, state.rewards)

@@ -1,15 +1,15 @@
-"""Does a setting matter? The bundled model, trained by its preset with some settings changed.
+"""Compare settings: train the bundled model with its preset and some settings changed.
 
     python benchmarks/ablation.py                       # GRPO, Dr. GRPO, DAPO's loss, beta 0
     python benchmarks/ablation.py --vary learning_rate=1e-5,2e-5 --seeds 5    # any setting
 
-All variants train with the same seeds, so they draw the same problems. Two tables: the mean over
-the seeds, and the difference from the first variant, paired by seed. Both give 95% t intervals of
-the mean. A difference whose interval holds 0 may be noise.
+All variants train with the same seeds, so they draw the same problems. Prints two tables: the mean
+over the seeds, and the difference from the first variant, paired by seed. Both give 95% t intervals
+of the mean. A difference whose interval includes 0 may be noise.
 
-Each run is a process of its own with one thread; `--jobs 2` keeps two cores busy. Writes
+Each run is a separate process with one thread; `--jobs 2` keeps two cores busy. Writes
 ablation.json and ablation.png here (ablation_learning_rate, if that is varied), or to --output.
-Runs that the result file holds are not repeated.
+Runs that are already in the result file are not repeated.
 """
 
 import os
@@ -131,8 +131,9 @@ def run_all(settings: Settings, variants: dict[str, list[str]], output: Path) ->
     same = {name: getattr(settings, name) for name in ("iterations", "eval_every", "eval_problems")}
     same["preset"] = PRESETS["tiny"]
     known = read_json(output) if output.exists() else {"settings": same, "runs": {}}
-    if known["settings"] != same:
-        raise UserError(f"{output} holds runs with {known['settings']}; delete it or name another")
+    if known.get("settings") != same:
+        held = known.get("settings", "other settings")
+        raise UserError(f"{output} holds runs with {held}; delete it or name another")
     runs = {label: known["runs"].get(label, {}) for label in [*known["runs"], *variants]}
     seeds = [str(seed) for seed in range(settings.seeds)]
     missing = [(label, seed) for seed in seeds for label in variants if seed not in runs[label]]

@@ -1,4 +1,4 @@
-"""Draw the figures of the pages from committed metrics, next to the pages.
+"""Draw the figures of docs/ from committed metrics.
 
 python docs/figures.py
 """

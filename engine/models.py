@@ -286,7 +286,7 @@ def read_prompt(name: str) -> dict | None:
     texts = [prompt["system"], off_task["system"], *off_task["questions"]]
     for text in (*texts, *(text for example in examples for text in example)):
         check_text(str(file), text)
-    return prompt
+    return {"off_task": OFF_TASK, **prompt}  # files of earlier versions may have none
 
 
 def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tuple[Tensor, Tensor]:

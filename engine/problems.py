@@ -7,7 +7,6 @@ A problem file has one `{"question": ..., "answer": ...}` per line. Optional: "s
 import codecs
 import hashlib
 import json
-import math
 import random
 import sys
 import zlib
@@ -31,9 +30,12 @@ def read_file(flag: str, name: str) -> tuple[Path, bytes]:
     """The file called `name`, here or in this repository, and its content. Raises UserError."""
     try:
         path = Path(name) if Path(name).exists() else ROOT / name
+        if path.exists() and not path.is_file():  # a device could be read for ever
+            raise UserError(f"{flag} {name}: not a file")
         return path, path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{flag} {name}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: not a name that a file can have
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{flag} {name}: {reason}") from error
 
 
 class Problem(NamedTuple):
@@ -136,19 +138,23 @@ class RewardFile:
             isinstance(self.weights, dict)
             and all(isinstance(part, str) and part.isidentifier() for part in self.weights)
             and not self.weights.keys() & TAKEN
-            and all(type(w) in (int, float) and math.isfinite(w) for w in self.weights.values())
+            and all(type(w) in (int, float) and abs(w) <= 1e6 for w in self.weights.values())
             and "exact" in self.weights
         ):
             raise UserError(
                 f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them"
                 f" and not {', '.join(sorted(TAKEN))}; it is {self.weights!r}"
             )
-        if not callable(self.function):
-            raise UserError(f"{self.path}: defines no function score(completion, answer)")
+        for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
+            if not callable(function):
+                raise UserError(f"{self.path}: defines no function {form}")
 
     def score(self, completion: str, answer: str | int) -> dict[str, float]:
         """The parts of a completion's reward by name, each in 0..1, before their weights."""
-        scores = self.function(completion, answer)
+        try:
+            scores = self.function(completion, answer)
+        except OSError as error:  # which a run takes for a full disk of its own
+            raise RuntimeError(f"{self.path}: score failed") from error
         names = list(self.weights)
         if not isinstance(scores, tuple | list) or len(scores) != len(names):
             problem = f"must return {len(names)} numbers, for {', '.join(names)}"

@@ -207,6 +207,10 @@ class RunLogger:
             "problems_sha256": problems and state.problems.sha256,
             "rewards_sha256": state.rewards.sha256,
         }
+        with distributed.sync_errors():
+            hashes = [environment[name] for name in ("problems_sha256", "rewards_sha256")]
+            if any(other != hashes for other in distributed.all_gather(hashes)):
+                raise UserError("the processes read different --problems or --rewards files")
         self.metrics = {
             "config": settings,
             "environment": environment,

@@ -1043,8 +1043,12 @@ recorded operands stay for a file of problems
 
 : test_inference.py::test_settings_of_the_prompt_ask_otherwise_than_in_training
 the recorded prompt is asked whatever the flags
-- as_trained and read_prompt(name)
-+ read_prompt(name)
+- | {key: made[key] for key in changed}
++ | {}
+
+one flag replaces the whole prompt
+- prompt = (read_prompt(name) or made) |
++ prompt = (made if changed else read_prompt(name)) |
 
 : test_inference.py::test_asking_does_not_load_matplotlib
 asking loads matplotlib

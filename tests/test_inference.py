@@ -233,15 +233,20 @@ def test_problems_and_rewards_of_the_user_are_measured(here, capsys):
 
 def test_settings_of_the_prompt_ask_otherwise_than_in_training(here, monkeypatch, capsys):
     seen, real = [], inference.evaluate
-    monkeypatch.setattr(
-        inference, "evaluate", lambda state, *rest: seen.append(state.prompt) or real(state, *rest)
-    )
+
+    def spy(state, *arguments, **named):
+        seen.append(state.prompt)
+        return real(state, *arguments, **named)
+
+    monkeypatch.setattr(inference, "evaluate", spy)
     flags = ["--evaluate", "--model", str(TINY), "--eval_problems", "4"]
     assert inference.main(flags) == 0
     told = ["--system_prompt", "Add.", "--num_examples", "2", "--max_new_tokens", "5"]
     assert inference.main([*flags, *told]) == 0
-    as_trained, otherwise = seen
+    assert inference.main([*flags, "--max_new_tokens", "7"]) == 0
+    as_trained, otherwise, longer = seen
     assert as_trained == PROMPT
+    assert longer == PROMPT | {"max_new_tokens": 7}
     assert (otherwise["system"], otherwise["max_new_tokens"]) == ("Add.", 5)
     assert len(otherwise["examples"]) == 2
 
@@ -264,12 +269,18 @@ def test_the_recorded_operands_are_asked(here, capsys):
     assert "\n6 test problems" in capsys.readouterr().out
 
 
+def test_an_answer_takes_one_line():
+    assert most_common_answer(["a\n b"], str) == "a b"
+
+
 def test_a_prompt_file_without_a_task_means_rewards_py(here, capsys):
     flags = saved(here / "model", "")
-    prompt = {name: value for name, value in PROMPT.items() if name != "task"}
+    prompt = {n: value for n, value in PROMPT.items() if n not in ("task", "off_task")}
     (here / "model" / "grpo_prompt.json").write_text(json.dumps(prompt))
     assert inference.main([*flags, QUESTIONS[0]]) == 0
     assert capsys.readouterr().out == "-50\n"
+    assert inference.main([*flags, "--evaluate", "--eval_problems", "4"]) == 0
+    assert "4 test problems, scored by rewards.py" in capsys.readouterr().out
 
 
 def inside_the_model(here: Path) -> list[str]:

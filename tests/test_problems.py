@@ -225,6 +225,7 @@ def test_the_longest_question_is_the_one_of_most_bytes(tmp_path):
         "no exact": ("WEIGHTS = {'right': 1}", "exact among them"),
         "NaN": ("WEIGHTS = {'exact': float('nan')}", "it is {'exact': nan}"),
         "infinity": ("WEIGHTS = {'exact': float('inf')}", "it is {'exact': inf}"),
+        "too large": ("WEIGHTS = {'exact': 10**400}", "it is {'exact': 1000"),
         "a text": ("WEIGHTS = {'exact': '1'}", "it is {'exact': '1'}"),
         "a bool": ("WEIGHTS = {'exact': True}", "it is {'exact': True}"),
         "a name of a number": ("WEIGHTS = {'exact': 1, 2: 1}", "must map names"),
@@ -232,6 +233,7 @@ def test_the_longest_question_is_the_one_of_most_bytes(tmp_path):
         "a name in use": ("WEIGHTS = {'exact': 1, 'tokens': 1}", "not advantage, text, tokens,"),
         "no score": ("WEIGHTS = {'exact': 1}", "no function score(completion, answer)"),
         "no function": ("WEIGHTS = {'exact': 1}\nscore = 1", "no function score"),
+        "no parse": ("WEIGHTS = {'exact': 1}\nscore = str\nparse = None", "no function parse"),
     }.values(),
 )
 def test_a_file_that_breaks_the_contract_is_one_error(source, complaint, tmp_path, capsys):
@@ -286,6 +288,17 @@ def test_an_error_in_the_users_code_keeps_its_traceback(source, kind, tmp_path):
         exit_code(lambda: main(arguments(*LENGTH, "--rewards", file)))
     shown = "".join(traceback.format_exception(error.value))
     assert str(file) in shown and source.splitlines()[-1] in shown
+
+
+def test_a_file_that_score_cannot_open_is_no_full_disk(tmp_path):
+    file = tmp_path / "judge.py"
+    lines = "WEIGHTS = {'exact': 1}", "calls = []", "def score(completion, answer):"
+    body = "    calls.append(0)", "    return (len(calls) > 9 and open('no_such_table'),)"
+    file.write_text("\n".join([*lines, *body]))
+    flags = arguments(*LENGTH, "--rewards", file, "--output_dir", tmp_path / "run")
+    with pytest.raises(RuntimeError) as error:
+        exit_code(lambda: main(flags))
+    assert isinstance(error.value.__cause__, FileNotFoundError)
 
 
 def test_a_worked_example_must_earn_exact(tmp_path, capsys):
