@@ -116,7 +116,8 @@ def test_a_file_without_problems_of_a_split_is_refused(items, complaint, tmp_pat
 def test_files_that_cannot_be_read_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "--problems none.jsonl: No such file" in refused(capsys, "--problems", "none.jsonl")
-    assert f"--problems {tmp_path}: Is a directory" in refused(capsys, "--problems", tmp_path)
+    assert f"--problems {tmp_path}: not a file" in refused(capsys, "--problems", tmp_path)
+    assert "--problems /dev/zero: not a file" in refused(capsys, "--problems", "/dev/zero")
     assert "--rewards none.py: No such file" in refused(capsys, "--rewards", "none.py")
     assert "File name too long" in refused(capsys, "--rewards", "a" * 300 + ".py")
 
