@@ -111,7 +111,7 @@ PRESETS: dict[str, dict] = {
         "dtype": "bfloat16",
         "learning_rate": 5e-5,
         "batch_size": 16,
-        "num_iterations": 200,
+        "num_iterations": 120,
         "num_inner_updates": 2,
         "kl_estimator": "k3",
         "eval_every": 40,

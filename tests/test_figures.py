@@ -141,7 +141,7 @@ def test_the_memory_tables_follow_the_formula():
     measured = []
     for name, parameters, run in (
         ("bundled, float32", bundled, "tiny/seed0"),
-        ("SmolLM2-135M, bfloat16", SMOLLM2_PARAMETERS, "smollm2_cpu"),
+        ("SmolLM2-135M, bfloat16", SMOLLM2_PARAMETERS, "smollm2/seed0"),
     ):
         path = ROOT / "results" / run / "grpo_metrics.json"
         peak = json.loads(path.read_text())["peak_memory_mib"]
