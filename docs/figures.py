@@ -201,6 +201,25 @@ def lesson_base() -> Figure:
     return figure
 
 
+# SmolLM2-135M on two tasks.
+TASKS = {"arithmetic, two steps": "smollm2/seed0", "spelling backwards": "smollm2/spelling"}
+
+
+def lesson_task() -> Figure:
+    figure, (exact, signal) = two_panels()
+    for style, (label, run) in enumerate(TASKS.items()):
+        metrics = read_metrics(PAGES.parent / "results" / run / METRICS_FILE)
+        for axes, name in ((exact, "accuracy"), (signal, "frac_zero_std_groups")):
+            _, smooth = series(metrics, name)
+            x = range(1, len(smooth) + 1)
+            axes.plot(x, smooth, LINES[style][1:], color=COLOURS[style], label=label, linewidth=1.8)
+            axes.set(xlabel="iteration", ylim=(-0.02, 1.02))
+    exact.set_ylabel("share of exact completions")
+    signal.set_ylabel("share of groups with equal rewards")
+    legend_above(figure, exact)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "healthy_reward.png": healthy_reward,
     "healthy_signal.png": healthy_signal,
@@ -209,7 +228,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "lesson_forgetting.png": lesson_forgetting,
     "lesson_stopping.png": lesson_stopping,
     "lesson_base.png": lesson_base,
-    # Lesson 5: "lesson_task.png"
+    "lesson_task.png": lesson_task,
 }
 
 

@@ -234,3 +234,29 @@ def test_the_numbers_in_the_text_of_lesson_4_are_those_of_the_runs():
     after = figures.accuracy_of("sampled", on_test("less_s0"))
     assert f"{pass_at['64']:.1%} of the problems for the younger model" in text
     assert f"from {pass_at['1']:.1%} to {after:.1%}" in text
+
+
+def test_the_task_decides_as_the_page_says():
+    spelling = json.loads((ROOT / "results/smollm2/spelling/grpo_metrics.json").read_text())
+    arithmetic = json.loads((ROOT / "results/smollm2/seed0/grpo_metrics.json").read_text())
+    tested = {}
+    for task, metrics in (("spelling", spelling), ("arithmetic", arithmetic)):
+        found = [e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test"]
+        tested[task] = [f"{a['sampled']['accuracy']:.0%}" for a in found]
+    assert tested == {"spelling": ["0%", "0%"], "arithmetic": ["13%", "49%"]}
+    config, history = spelling["config"], spelling["iterations"]
+    sampled = config["batch_size"] * config["num_generations"]
+    right = round(sum(m["accuracy"] for m in history) * sampled)
+    assert (sampled * len(history), right) == (7680, 8)
+    first, last = (
+        fmean(m["reward_letters"] for m in part) for part in (history[:10], history[-10:])
+    )
+    assert (f"{first:.0%}", f"{last:.0%}") == ("7%", "14%")
+    equal = [
+        fmean(m["frac_zero_std_groups"] for m in h["iterations"]) for h in (spelling, arithmetic)
+    ]
+    assert equal[0] < 0.1 < equal[1]
+    lesson = (ROOT / "docs/lessons.md").read_text(encoding="utf-8").split("## 5.")[1]
+    lesson = " ".join(lesson.split())
+    for said in ("starts at 13%", "reaches 49%", "7,680", "8 are right", "from 7% to 14%"):
+        assert said in lesson
