@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
+from benchmarks.ablation import tables
 from train_grpo import PRESETS, Config
 
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))]
@@ -127,6 +128,10 @@ TABLES = [
     Table("docs/training.md", RUNS, lambda: [result_row("lr 1e-7", "tiny_reference")]),
     Table("docs/real_llm.md", RUNS, lambda: [result_row("seed 0", "smollm2/seed0")]),
     Table("docs/your_own_problem.md", RUNS, own_problem_rows),
+    Table("docs/ablation.md", "| variant |", lambda: tables(benchmark("ablation")["runs"])[0][2:]),
+    Table(
+        "docs/ablation.md", "| minus GRPO |", lambda: tables(benchmark("ablation")["runs"])[1][2:]
+    ),
     Table("docs/performance.md", "| model | batch |", trl_rows),
     Table("docs/performance.md", "| G | this loop |", group_rows),
     Table("docs/performance.md", "| seconds of training |", accuracy_rows),
