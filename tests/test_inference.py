@@ -239,14 +239,16 @@ def test_settings_of_the_prompt_ask_otherwise_than_in_training(here, monkeypatch
         return real(state, *arguments, **named)
 
     monkeypatch.setattr(inference, "evaluate", spy)
-    flags = ["--evaluate", "--model", str(TINY), "--eval_problems", "4"]
+    flags = [*saved(here / "model", ""), "--evaluate", "--eval_problems", "4"]
+    recorded = PROMPT | {"system": "As trained."}
+    (here / "model" / "grpo_prompt.json").write_text(json.dumps(recorded))
     assert inference.main(flags) == 0
     told = ["--system_prompt", "Add.", "--num_examples", "2", "--max_new_tokens", "5"]
     assert inference.main([*flags, *told]) == 0
     assert inference.main([*flags, "--max_new_tokens", "7"]) == 0
     as_trained, otherwise, longer = seen
-    assert as_trained == PROMPT
-    assert longer == PROMPT | {"max_new_tokens": 7}
+    assert as_trained == recorded
+    assert longer == recorded | {"max_new_tokens": 7}
     assert (otherwise["system"], otherwise["max_new_tokens"]) == ("Add.", 5)
     assert len(otherwise["examples"]) == 2
 
