@@ -33,12 +33,18 @@ def healthy_run(label: str) -> dict:
     return read_metrics(HEALTHY / label.replace(" ", "_") / METRICS_FILE)
 
 
+def draw_smooth(axes, metrics: dict, name: str, colour: str, line: str, label: str) -> None:
+    """Draw the moving average of one metric."""
+    _, smooth = series(metrics, name)
+    axes.plot(range(1, len(smooth) + 1), smooth, line, color=colour, label=label, linewidth=1.8)
+    axes.set_xlabel("iteration")
+
+
 def draw_healthy(axes, name: str, title: str) -> None:
-    """Draw the moving average of one metric in the good run and in the sick ones."""
+    """Draw one metric of the good run and of the sick ones."""
     for label, (colour, line) in RUNS.items():
-        _, smooth = series(healthy_run(label), name)
-        axes.plot(range(1, len(smooth) + 1), smooth, line, color=colour, label=label, linewidth=1.8)
-    axes.set(xlabel="iteration", ylabel=title)
+        draw_smooth(axes, healthy_run(label), name, colour, line, label)
+    axes.set_ylabel(title)
 
 
 def two_panels() -> tuple[Figure, list]:
@@ -210,10 +216,8 @@ def lesson_task() -> Figure:
     for style, (label, run) in enumerate(TASKS.items()):
         metrics = read_metrics(PAGES.parent / "results" / run / METRICS_FILE)
         for axes, name in ((exact, "accuracy"), (signal, "frac_zero_std_groups")):
-            _, smooth = series(metrics, name)
-            x = range(1, len(smooth) + 1)
-            axes.plot(x, smooth, LINES[style][1:], color=COLOURS[style], label=label, linewidth=1.8)
-            axes.set(xlabel="iteration", ylim=(-0.02, 1.02))
+            draw_smooth(axes, metrics, name, COLOURS[style], LINES[style][1:], label)
+            axes.set_ylim(-0.02, 1.02)
     exact.set_ylabel("share of exact completions")
     signal.set_ylabel("share of groups with equal rewards")
     legend_above(figure, exact)

@@ -48,10 +48,10 @@ def completions_record(problem, batch: Rollout, parts: dict[str, Tensor], group:
     """The first group of a batch, as a line of COMPLETIONS_FILE; parts (B*G,) each, by name."""
     columns = {
         "text": batch.texts,
-        **{name: part.tolist() for name, part in parts.items()},
-        "advantage": batch.advantages.tolist(),
-        "tokens": batch.mask.sum(dim=1).int().tolist(),
-        "truncated": batch.truncated.tolist(),
+        **{name: part[:group].tolist() for name, part in parts.items()},
+        "advantage": batch.advantages[:group].tolist(),
+        "tokens": batch.mask[:group].sum(dim=1).int().tolist(),
+        "truncated": batch.truncated[:group].tolist(),
     }
     rows = [{name: column[i] for name, column in columns.items()} for i in range(group)]
     return {"question": problem.question, "answer": problem.answer, "completions": rows}

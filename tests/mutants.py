@@ -887,7 +887,7 @@ half a group is logged
 
 : test_completions.py::test_lines_agree_with_the_metrics_of_their_iteration
 the rewards are logged as advantages
-- batch.advantages.tolist()
+- batch.advantages[:group].tolist()
 + parts["exact"].tolist()
 
 : test_problems.py::test_accuracy_counts_only_an_exact_of_one
