@@ -74,6 +74,7 @@ class Config:
     learning_rate: float = setting(1e-7, "learning rate of AdamW, constant", 0, 1)
     batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
     num_generations: int = setting(8, "G, completions sampled per problem: the group", 2, 65536)
+    oversample: int = setting(1, "draw this many x B problems; train on B of them (DAPO)", 1, 64)
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
@@ -111,7 +112,8 @@ PRESETS: dict[str, dict] = {
         "dtype": "bfloat16",
         "learning_rate": 5e-5,
         "batch_size": 16,
-        "num_iterations": 120,
+        "oversample": 2,
+        "num_iterations": 280,
         "num_inner_updates": 2,
         "kl_estimator": "k3",
         "eval_every": 40,
@@ -139,11 +141,14 @@ def parse_config(argv: list[str]) -> Config:
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_ranges(config)
-    batch, group, processes = config.batch_size, config.num_generations, distributed.world_size()
-    if batch * group > 65536:
-        raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
-    if batch % processes:
-        raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
+    sizes, processes = ("batch_size", "oversample", "num_generations"), distributed.world_size()
+    if math.prod(getattr(config, name) for name in sizes) > 65536:
+        flags = " x ".join(f"--{name} {getattr(config, name)}" for name in sizes)
+        raise UserError(f"{flags}: at most 65536 together")
+    if config.batch_size % processes:
+        raise UserError(
+            f"--batch_size {config.batch_size}: must be a multiple of {processes} (processes)"
+        )
     load_task(config)  # for its errors, before a model is loaded
     print(f"preset {preset}: {reason}")
     return config
@@ -302,6 +307,16 @@ def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tenso
     return (centred / std).masked_fill(equal, 0.0).flatten()
 
 
+def select_groups(advantages: Tensor, group: int, count: int) -> Tensor:
+    """Rows (count*G,) of the first `count` groups with signal; those without fill the places left.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), which draws until there are enough.
+    """
+    no_signal = (advantages.view(-1, group) == 0).all(dim=1)  # (groups,)
+    chosen = no_signal.byte().argsort(stable=True)[:count]
+    return torch.arange(len(advantages)).view(-1, group)[chosen.cpu()].flatten()
+
+
 def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Schulman's non-negative estimator of a KL divergence, exp(d) - d - 1, elementwise.
 
@@ -435,8 +450,10 @@ def set_up(config: Config) -> TrainState:
     prompts = models.encode_prompts(tokenizer, problems.extremes(), prompt, device)
     models.check_length(model, prompts[0], config.max_new_tokens)
     dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
-    batch, length = config.batch_size // distributed.world_size(), config.max_new_tokens
-    policy = choose_policy(config.policy, model, dtype, prompts, group, length, batch * group)
+    drawn = config.batch_size * config.oversample // distributed.world_size() * group
+    policy = choose_policy(
+        config.policy, model, dtype, prompts, group, config.max_new_tokens, drawn
+    )
     first = prompts[0][0][prompts[1][0] == 1]
     print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
@@ -490,7 +507,8 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
     group, length, device = config.num_generations, config.max_new_tokens, state.policy.model.device
-    problems = distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
+    drawn = config.batch_size * config.oversample
+    problems = distributed.shard(state.problems.draw(drawn, state.problem_rng))
     questions = [problem.question for problem in problems]
     prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
     models.check_length(state.policy.model, prompts[0], length)
@@ -501,6 +519,9 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     parts = dict(zip(state.rewards.weights, parts.unbind(dim=1), strict=True))
     metrics = batch_metrics(batch, rewards, parts, group)
     state.last_group = completions_record(problems[0], batch, parts, group)
+    if config.oversample > 1:
+        count = len(problems) // config.oversample
+        batch = batch[select_groups(batch.advantages, group, count)]
     learner = state.learner or state.policy
     metrics |= update_policy(learner, state.reference, state.optimizer, batch, config)
     metrics["seconds"] = time.perf_counter() - started
