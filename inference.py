@@ -126,7 +126,6 @@ def ask(
     device, new_tokens, texts = policy.model.device, prompt["max_new_tokens"], []
     for start in tqdm(range(0, len(asked), BATCH), delay=2, leave=False, disable=None):
         prompts = encode_prompts(tokenizer, asked[start : start + BATCH], prompt, device)
-        check_length(policy.model, prompts[0], new_tokens)
         done = rollout(policy, tokenizer, prompts, 1, new_tokens, generator, temperature)
         texts += done.texts
     rest = iter(texts)
@@ -159,10 +158,9 @@ def evaluate_groups(state: TrainState, split: str, config: Config, samples: int)
     questions, rng = [p.question for p in problems], torch.Generator().manual_seed(0)
     groups = ask(state.policy, state.tokenizer, state.prompt, questions, 1.0, samples, rng)
     right, zero_std = [], []
-    exact = list(state.rewards.weights).index("exact")
     for problem, texts in zip(problems, groups, strict=True):
         rewards, parts = reward_function(texts, [problem.answer] * samples, state.rewards)
-        right.append(int((parts[:, exact] == 1).sum()))
+        right.append(int((parts["exact"] == 1).sum()))
         zero_std.append(bool((rewards == rewards[0]).all()))
     ks = [2**i for i in range((samples - 1).bit_length())] + [samples]
     pass_at = {k: fmean(pass_at_k(samples, c, k) for c in right) for k in ks}

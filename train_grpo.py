@@ -2,7 +2,6 @@
 
     python train_grpo.py                       # the preset that suits this machine
     python train_grpo.py --preset reference    # the reference recipe, on Qwen2.5-0.5B-Instruct
-    python train_grpo.py --preset tiny --seed 1 --output_dir runs/seed1
     torchrun --standalone --nproc_per_node=8 train_grpo.py --batch_size 32   # eight GPUs
 
 GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1) needs no value network. It samples a group of G
@@ -90,9 +89,7 @@ class Config:
     eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
     log_completions_every: int = setting(25, "iterations per logged group; 0 is never", 0)
-    checkpoint_every: int = setting(
-        0, "iterations per checkpoint; 0 = every 25 or 2 minutes, whichever is longer", 0
-    )
+    checkpoint_every: int = setting(0, "iterations per checkpoint; 0: 25, or 2 min if longer", 0)
     patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
     max_kl: float = setting(0, "stop when mean kl of 50 iterations exceeds it; 0: never", 0)
 
@@ -141,14 +138,12 @@ def parse_config(argv: list[str]) -> Config:
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_ranges(config)
-    sizes, processes = ("batch_size", "oversample", "num_generations"), distributed.world_size()
-    if math.prod(getattr(config, name) for name in sizes) > 65536:
-        flags = " x ".join(f"--{name} {getattr(config, name)}" for name in sizes)
-        raise UserError(f"{flags}: at most 65536 together")
-    if config.batch_size % processes:
-        raise UserError(
-            f"--batch_size {config.batch_size}: must be a multiple of {processes} (processes)"
-        )
+    batch, times, group = config.batch_size, config.oversample, config.num_generations
+    if batch * times * group > 65536:
+        sizes = f"--batch_size {batch} x --oversample {times} x --num_generations {group}"
+        raise UserError(f"{sizes}: at most 65536 together")
+    if batch % (processes := distributed.world_size()):
+        raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
     load_task(config)  # for its errors, before a model is loaded
     print(f"preset {preset}: {reason}")
     return config
@@ -263,6 +258,7 @@ def rollout(
     temperature: float = 1.0,
 ) -> Rollout:
     """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy."""
+    models.check_length(policy.model, prompts[0], max_new_tokens)
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
     eos_ids = torch.tensor(models.eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
     unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)  # (B*G,)
@@ -287,11 +283,12 @@ def rollout(
 
 def reward_function(
     completions: list[str], answers: list[int | str], rewards: RewardFile
-) -> tuple[Tensor, Tensor]:
-    """Returns rewards (N,), each the weighted sum of its K parts, and the parts (N, K)."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns rewards (N,), each the weighted sum of its parts, and the parts, (N,) each."""
     pairs = zip(completions, answers, strict=True)
-    parts = torch.tensor([list(rewards.score(text, answer).values()) for text, answer in pairs])
-    return (parts * torch.tensor(list(rewards.weights.values()))).sum(dim=1), parts
+    scores = [rewards.score(text, answer) for text, answer in pairs]
+    parts = {name: torch.tensor([score[name] for score in scores]) for name in rewards.weights}
+    return sum(weight * parts[name] for name, weight in rewards.weights.items()), parts
 
 
 def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tensor:
@@ -308,13 +305,13 @@ def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tenso
 
 
 def select_groups(advantages: Tensor, group: int, count: int) -> Tensor:
-    """Rows (count*G,) of the first `count` groups with signal; those without fill the places left.
+    """Rows (count*G,) of the first `count` groups with signal; others only if there are fewer.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), which draws until there are enough.
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2; there it draws until there are enough).
     """
-    no_signal = (advantages.view(-1, group) == 0).all(dim=1)  # (groups,)
+    no_signal = (advantages.view(-1, group) == 0).all(dim=1).cpu()  # (B*oversample,)
     chosen = no_signal.byte().argsort(stable=True)[:count]
-    return torch.arange(len(advantages)).view(-1, group)[chosen.cpu()].flatten()
+    return torch.arange(len(advantages)).view(-1, group)[chosen].flatten()
 
 
 def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -450,10 +447,9 @@ def set_up(config: Config) -> TrainState:
     prompts = models.encode_prompts(tokenizer, problems.extremes(), prompt, device)
     models.check_length(model, prompts[0], config.max_new_tokens)
     dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
-    drawn = config.batch_size * config.oversample // distributed.world_size() * group
-    policy = choose_policy(
-        config.policy, model, dtype, prompts, group, config.max_new_tokens, drawn
-    )
+    most = config.batch_size // distributed.world_size() * config.oversample * group
+    limits = prompts, group, config.max_new_tokens, most
+    policy = choose_policy(config.policy, model, dtype, *limits)
     first = prompts[0][0][prompts[1][0] == 1]
     print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
@@ -477,7 +473,6 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
         for start in range(0, len(mine), 128):
             questions = [p.question for p in mine[start : start + 128]]
             prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
-            models.check_length(policy.model, prompts[0], length)
             texts += rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
         texts = sum(distributed.all_gather(texts), [])
         pairs = zip(texts, problems, strict=True)
@@ -493,10 +488,10 @@ def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed
 def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
     """On off-task questions: kl per token and, where answers are known, accuracy by rewards.py."""
     asked = {**state.prompt, "examples": [], **state.prompt["off_task"]}
-    tokenizer = state.tokenizer
     questions, answers = list(asked["questions"]), asked["questions"].values()
-    prompts = models.encode_prompts(tokenizer, questions, asked, policy.model.device)
-    batch = rollout(policy, tokenizer, prompts, 1, length, torch.Generator().manual_seed(seed))
+    prompts = models.encode_prompts(state.tokenizer, questions, asked, policy.model.device)
+    rng = torch.Generator().manual_seed(seed)
+    batch = rollout(policy, state.tokenizer, prompts, 1, length, rng)
     kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
     pairs = zip(batch.texts, answers, strict=True)
     right = [score(text, answer).exact for text, answer in pairs if answer is not None]
@@ -507,21 +502,18 @@ def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
     group, length, device = config.num_generations, config.max_new_tokens, state.policy.model.device
-    drawn = config.batch_size * config.oversample
-    problems = distributed.shard(state.problems.draw(drawn, state.problem_rng))
+    drawn = state.problems.draw(config.batch_size * config.oversample, state.problem_rng)
+    problems = distributed.shard(drawn)
     questions = [problem.question for problem in problems]
     prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
-    models.check_length(state.policy.model, prompts[0], length)
     batch = rollout(state.policy, state.tokenizer, prompts, group, length, state.token_rng)
     answers = [problem.answer for problem in problems for _ in range(group)]
     rewards, parts = reward_function(batch.texts, answers, state.rewards)
     batch.advantages = group_advantages(rewards, group, config.scale_rewards).to(device)  # (B*G,)
-    parts = dict(zip(state.rewards.weights, parts.unbind(dim=1), strict=True))
     metrics = batch_metrics(batch, rewards, parts, group)
     state.last_group = completions_record(problems[0], batch, parts, group)
     if config.oversample > 1:
-        count = len(problems) // config.oversample
-        batch = batch[select_groups(batch.advantages, group, count)]
+        batch = batch[select_groups(batch.advantages, group, len(problems) // config.oversample)]
     learner = state.learner or state.policy
     metrics |= update_policy(learner, state.reference, state.optimizer, batch, config)
     metrics["seconds"] = time.perf_counter() - started

@@ -143,7 +143,8 @@ def test_the_reward_adds_the_weighted_parts():
     completions = ["<answer>7</answer>", "<answer>8</answer>", "<answer>x</answer>", "7"]
     rewards, parts = reward_function(completions, [7] * 4, RewardFile())
     assert rewards.tolist() == pytest.approx([1.0, 0.4, 0.2, 0.0])
-    assert parts.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]  # before their weights
+    fractions = {name: part.tolist() for name, part in parts.items()}  # before their weights
+    assert fractions == {"format": [1, 1, 1, 0], "near": [1, 1, 0, 0], "exact": [1, 0, 0, 0]}
     assert RewardFile().weights == WEIGHTS == {"format": 0.2, "near": 0.2, "exact": 0.6}
 
 
@@ -159,7 +160,8 @@ def test_weights_may_be_zero_negative_or_large(tmp_path):
     file = RewardFile(str(file))
     rewards, parts = reward_function(["ab", "abcd", ""], ["ab", "x", "x"], file)
     assert rewards.tolist() == [3 - 0.25, -0.5, 0]
-    assert parts.tolist() == [[1, 0.5, 1], [0, 1, 1], [0, 0, 0]]
+    fractions = {name: part.tolist() for name, part in parts.items()}
+    assert fractions == {"exact": [1, 0, 0], "long": [0.5, 1, 0], "letters": [1, 1, 0]}
 
 
 def test_the_interval_is_wilsons():
