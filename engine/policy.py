@@ -37,14 +37,14 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.mask)
 
-    def __getitem__(self, rows: Tensor) -> "Rollout":
-        """The given rows (M,), trimmed to their longest completion."""
+    def __getitem__(self, rows: slice) -> "Rollout":
+        """The given rows, trimmed to their longest completion."""
         width = int(self.mask[rows].sum(dim=1).max())
         wide = ("completion_ids", "mask", "sampled_logprobs", "ref_logprobs", "old_logprobs")
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut = {name: x[rows] for name, x in cut.items() if isinstance(x, Tensor)}
-        cut |= {name: cut[name][:, :width] for name in wide if name in cut}
-        return Rollout(**cut, texts=[self.texts[i] for i in rows])
+        cut = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tree"}
+        cut = {name: value if value is None else value[rows] for name, value in cut.items()}
+        cut |= {name: cut[name][:, :width] for name in wide if cut[name] is not None}
+        return Rollout(**cut)
 
     def micro_batches(self, size: int, fits: Callable[["Rollout"], bool]) -> list["Rollout"]:
         """Cut into as few equal parts as possible, of at most `size` completions (0: any) that fit.
@@ -54,7 +54,7 @@ class Rollout:
         count = math.ceil(len(self) / (size or len(self)))
         while True:
             rows = math.ceil(len(self) / count)
-            chunks = [self[some] for some in torch.arange(len(self)).split(rows)]
+            chunks = [self[i : i + rows] for i in range(0, len(self), rows)]
             if rows == 1 or all(fits(chunk) for chunk in chunks):
                 return chunks
             count += 1

@@ -92,11 +92,7 @@ def test_worked_examples_are_training_problems():
         "huge batch": (["--batch_size", "100000000"], "--batch_size 100000000"),
         "huge batch of groups": (
             ["--batch_size", "1000", "--num_generations", "1000"],
-            "--batch_size 1000 x --oversample 1 x --num_generations 1000: at most 65536 together",
-        ),
-        "huge batch of draws": (
-            ["--batch_size", "256", "--oversample", "9"],
-            "--batch_size 256 x --oversample 9 x --num_generations 32: at most 65536 together",
+            "--batch_size 1000 x --num_generations 1000: at most 65536 together",
         ),
         "empty range": (["--min_operand", "5", "--max_operand", "3"], "--min_operand 5"),
         "too few problems": (["--min_operand", "2", "--max_operand", "2"], "widen"),
