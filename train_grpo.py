@@ -71,7 +71,8 @@ class Config:
     show_steps: bool = setting(False, "the worked examples of arithmetic show their two steps")
     chat_template_kwargs: str = setting("{}", 'JSON, like {"enable_thinking": false}')
     # GRPO
-    learning_rate: float = setting(1e-7, "learning rate of AdamW, constant", 0, 1)
+    learning_rate: float = setting(1e-7, "learning rate of AdamW", 0, 1)
+    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 0 over the run")
     batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
     num_generations: int = setting(8, "G, completions sampled per problem: the group", 2, 65536)
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
@@ -110,11 +111,12 @@ PRESETS: dict[str, dict] = {
         "max_new_tokens": 40,
         "dtype": "bfloat16",
         "learning_rate": 5e-5,
+        "lr_schedule": "linear",
         "batch_size": 16,
-        "num_iterations": 300,
+        "num_iterations": 120,
         "num_inner_updates": 2,
         "kl_estimator": "k3",
-        "eval_every": 50,
+        "eval_every": 40,
     },
     # A small model needs a much higher learning rate, and so larger batches; completions that share
     # prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
@@ -182,7 +184,7 @@ class Problem:
         return split_of(f"({a} {self.op1} {b}) {self.op2} {self.c}")
 
 
-# Worked examples for a prompt, all of them training problems.
+# Worked examples for a prompt: training problems, the second with negative numbers.
 EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(4, "-", 9, "*", 6), Problem(6, "*", 2, "+", 8)]
 EXAMPLES += [Problem(9, "-", 2, "-", 5), Problem(3, "-", 7, "+", 1), Problem(5, "*", 8, "*", 2)]
 
@@ -487,6 +489,12 @@ def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int)
     return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
 
 
+def learning_rate(config: Config, iteration: int) -> float:
+    """The rate of an iteration, counted from 0."""
+    left = 1 - iteration / config.num_iterations if config.lr_schedule == "linear" else 1.0
+    return config.learning_rate * left
+
+
 def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
     """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
     started = time.perf_counter()
@@ -531,6 +539,8 @@ def train(config: Config, stop: StopRequest) -> int:
                 ending = stop.reason() or run.reason_to_stop()
                 if ending:
                     break
+                for group in state.optimizer.param_groups:
+                    group["lr"] = learning_rate(config, run.iteration)
                 run.log_iteration(train_iteration(state, config))
         if not run.iteration:  # nothing was learned: keep the files of an earlier run
             return 128 + stop.signal

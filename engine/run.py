@@ -94,8 +94,10 @@ def checkpoint_to_resume(now: dict) -> tuple[dict, dict] | None:
         print(f"nothing to resume in {output.resolve()}: starting from the beginning")
         return None
     then = found[1].get("metrics")
+    # A rate that falls to 0 over the run depends on the length of the run.
+    free = FREE - {"num_iterations"} if now["config"]["lr_schedule"] == "linear" else FREE
     try:
-        pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - FREE}
+        pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - free}
         pairs = {f"--{name}": pair for name, pair in sorted(pairs.items())}
         for name in COMPARED:
             pairs[name] = then["environment"].get(name), now["environment"][name]

@@ -116,6 +116,13 @@ def own_problem_rows() -> list[str]:
     return [*reasoning, result_row("spelling, seed 0", "spelling")]
 
 
+def pass_at_k_rows() -> list[str]:
+    """Of what `inference.py --evaluate --num_samples 64` printed."""
+    printed = (read(f"results/smollm2/{model}_pass_at_k.txt") for model in ("base", "trained"))
+    base, trained = (dict(re.findall(r"pass@(\d+) +(.*%)", text)) for text in printed)
+    return [line(k, base[k], trained[k]) for k in ("1", "4", "16", "64")]
+
+
 class Table(NamedTuple):
     page: str
     heading: str  # how its first line starts
@@ -127,6 +134,7 @@ TABLES = [
     Table("README.md", RUNS, lambda: [result_row(f"seed {n}", f"tiny/seed{n}") for n in range(3)]),
     Table("docs/training.md", RUNS, lambda: [result_row("lr 1e-7", "tiny_reference")]),
     Table("docs/real_llm.md", RUNS, lambda: [result_row("seed 0", "smollm2/seed0")]),
+    Table("docs/real_llm.md", "| k |", pass_at_k_rows),
     Table("docs/your_own_problem.md", RUNS, own_problem_rows),
     Table("docs/ablation.md", "| variant |", lambda: tables(benchmark("ablation")["runs"])[0][2:]),
     Table(
