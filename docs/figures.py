@@ -224,6 +224,24 @@ def lesson_task() -> Figure:
     return figure
 
 
+# SmolLM2-135M on arithmetic, at two schedules of the learning rate.
+RATES = {"rate falls to 0": "smollm2/seed0", "constant rate": "smollm2/constant_rate"}
+
+
+def smollm2_rate() -> Figure:
+    figure, (exact, validation) = two_panels()
+    for style, (label, run) in enumerate(RATES.items()):
+        metrics = read_metrics(PAGES.parent / "results" / run / METRICS_FILE)
+        draw_smooth(exact, metrics, "accuracy", COLOURS[style], LINES[style][1:], label)
+        draw_validations(validation, metrics, partial(accuracy_of, "sampled"), style, label)
+    exact.set_ylabel("share of exact completions")
+    validation.set_ylabel("sampled validation accuracy")
+    for axes in (exact, validation):
+        axes.set_ylim(-0.02, 1.02)
+    legend_above(figure, exact)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "healthy_reward.png": healthy_reward,
     "healthy_signal.png": healthy_signal,
@@ -233,6 +251,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "lesson_stopping.png": lesson_stopping,
     "lesson_base.png": lesson_base,
     "lesson_task.png": lesson_task,
+    "smollm2_rate.png": smollm2_rate,
 }
 
 

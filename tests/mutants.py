@@ -380,6 +380,19 @@ the scale of the rewards ignored
 - group_advantages(rewards, group, config.scale_rewards)
 + group_advantages(rewards, group)
 
+: test_updates.py::test_the_rate_is_constant_or_falls_linearly
+the rate never falls
+- config.learning_rate * (1 - decay)
++ config.learning_rate
+
+the rate falls an iteration too early
+- decay = run.iteration / config.num_iterations
++ decay = (run.iteration + 1) / config.num_iterations
+
+the rate always falls
+- (config.lr_schedule == "linear")
++ (config.lr_schedule != "")
+
 : test_updates.py::test_training_moves_the_policy_and_never_the_reference
 the reference is the policy itself
 - policy, frozen_copy(policy), tokenizer
@@ -926,6 +939,11 @@ the last policy is kept instead of the best
 the policy class may change on resume
 - COMPARED += ("policy", "compute_dtype"
 + COMPARED += ("compute_dtype"
+
+: test_resume.py::test_a_falling_rate_fixes_the_number_of_iterations
+the rate falls over another number of iterations after a resume
+- FREE - {"num_iterations"} if
++ FREE if
 
 : test_problems.py::test_resume_with_another_file_is_refused
 the problems may change on resume

@@ -23,6 +23,7 @@ from train_grpo import main
 
 LENGTH = ("--num_iterations", 8)
 MANY = ("--num_iterations", 60, "--checkpoint_every", 1, "--eval_every", 15)
+MANY += ("--lr_schedule", "linear")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,14 @@ def test_resume_refuses_a_base_model_that_has_changed(unfinished):
     rewrite(unfinished / CHECKPOINTS / "8", rest)
     with pytest.raises(UserError, match="base_model_crc32"):
         resume()
+
+
+def test_a_falling_rate_fixes_the_number_of_iterations(unfinished):
+    _, rest = load_checkpoint(unfinished)
+    rest["metrics"]["config"]["lr_schedule"] = "linear"
+    rewrite(unfinished / CHECKPOINTS / "8", rest)
+    with pytest.raises(UserError, match="settings: --num_iterations was 8, is 9$"):
+        resume("--lr_schedule", "linear", "--num_iterations", 9)
 
 
 @pytest.mark.parametrize("part", ["metrics", "problem_rng", "config"])

@@ -238,6 +238,21 @@ def test_training_moves_the_policy_and_never_the_reference(monkeypatch, tmp_path
         assert not torch.equal(trained[name], weight), name
 
 
+@pytest.mark.parametrize(
+    "schedule, expected", [("constant", [1.0] * 4), ("linear", [1.0, 0.75, 0.5, 0.25])]
+)
+def test_the_rate_is_constant_or_falls_linearly(monkeypatch, tmp_path, schedule, expected):
+    rates, real_iteration = [], train_grpo.train_iteration
+
+    def spy(state, config):
+        rates.append([group["lr"] / config.learning_rate for group in state.optimizer.param_groups])
+        return real_iteration(state, config)
+
+    monkeypatch.setattr(train_grpo, "train_iteration", spy)
+    short_training(tmp_path, lr_schedule=schedule, num_iterations=4)
+    assert rates == [[share] for share in expected]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_rate_1e_7_the_policy_still_moves(tmp_path, dtype):
     _, trained = short_training(tmp_path, learning_rate=1e-7, dtype=dtype, batch_size=4)
