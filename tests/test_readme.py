@@ -181,6 +181,20 @@ def test_the_other_runs_are_what_their_pages_say():
     assert metrics["environment"]["model_source"]["weights"] == "Q4_1, dequantised"
 
 
+def test_accuracy_stalled_at_a_constant_rate():
+    falling, constant = committed("smollm2/seed0"), committed("smollm2/constant_rate")
+    differ = {n for n, v in falling["config"].items() if constant["config"].get(n) != v}
+    assert differ == {"lr_schedule", "num_iterations", "eval_every"}
+    found = {
+        e["iteration"]: f"{e['accuracies']['sampled']['accuracy']:.1%}"
+        for e in constant["evaluations"]
+        if e["split"] == "validation"
+    }
+    text = " ".join(read("docs/real_llm.md").split())
+    assert list(found) == [0, 50, 100]
+    assert f"{found[50]} of the validation problems after 50 iterations, {found[100]} after" in text
+
+
 def test_the_configuration_table_holds_each_difference_of_the_presets():
     presets = {name: {**asdict(Config()), **values} for name, values in PRESETS.items()}
     rows = rows_below(read("README.md"), "| setting |")
