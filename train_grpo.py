@@ -71,8 +71,8 @@ class Config:
     show_steps: bool = setting(False, "the worked examples of arithmetic show their two steps")
     chat_template_kwargs: str = setting("{}", 'JSON, like {"enable_thinking": false}')
     # GRPO
-    learning_rate: float = setting(1e-7, "learning rate of AdamW", 0, 1)
-    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: to 0 over the run")
+    learning_rate: float = setting(1e-7, "learning rate of AdamW, at the start", 0, 1)
+    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: falls to 0")
     batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
     num_generations: int = setting(8, "G, completions sampled per problem: the group", 2, 65536)
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
@@ -184,7 +184,7 @@ class Problem:
         return split_of(f"({a} {self.op1} {b}) {self.op2} {self.c}")
 
 
-# Worked examples for a prompt: training problems, the second with negative numbers.
+# Worked examples for a prompt: training problems, one of the first three with negative numbers.
 EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(4, "-", 9, "*", 6), Problem(6, "*", 2, "+", 8)]
 EXAMPLES += [Problem(9, "-", 2, "-", 5), Problem(3, "-", 7, "+", 1), Problem(5, "*", 8, "*", 2)]
 

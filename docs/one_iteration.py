@@ -215,7 +215,7 @@ Completions of one prompt share tokens. Each distinct prefix is one line here, a
                     i + 1,
                     code(batch.texts[i]),
                     answers[i],
-                    *(f"{x:g}" for x in parts[i].tolist()),
+                    *(f"{part[i]:g}" for part in parts.values()),
                     f"{rewards[i].item():.1f}",
                 ]
                 for i in everyone

@@ -45,7 +45,7 @@ MAX_SKIPPED = 10  # updates in a row
 # Of the environment. Torch and threads may differ, with a note.
 COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
 COMPARED += ("policy", "compute_dtype", "torch", "threads")
-# Settings that a resumed run may change, because they change no weight.
+# Settings that a resumed run may change, because they change no weight (at a constant rate).
 FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every", "policy"}
 FREE |= {"patience", "max_kl", "log_completions_every"}
 FREE |= {"problems", "rewards"}  # their hashes are compared
@@ -94,7 +94,7 @@ def checkpoint_to_resume(now: dict) -> tuple[dict, dict] | None:
         print(f"nothing to resume in {output.resolve()}: starting from the beginning")
         return None
     then = found[1].get("metrics")
-    # A rate that falls to 0 over the run depends on the length of the run.
+    # A falling rate depends on the length of the run.
     free = FREE - {"num_iterations"} if now["config"]["lr_schedule"] == "linear" else FREE
     try:
         pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - free}
