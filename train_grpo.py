@@ -288,7 +288,7 @@ def reward_function(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns rewards (N,), each the weighted sum of its parts, and the parts, (N,) each."""
     scores = [rewards.score(*pair) for pair in zip(completions, answers, strict=True)]
-    parts = {name: torch.tensor([score[name] for score in scores]) for name in rewards.weights}
+    parts = {name: torch.tensor([earned[name] for earned in scores]) for name in rewards.weights}
     return sum(weight * parts[name] for name, weight in rewards.weights.items()), parts
 
 

@@ -207,14 +207,19 @@ def lesson_base() -> Figure:
     return figure
 
 
-# SmolLM2-135M on two tasks.
-TASKS = {"arithmetic, two steps": "smollm2/seed0", "spelling backwards": "smollm2/spelling"}
+SMOLLM2 = PAGES.parent / "results" / "smollm2"
+TASKS = {"arithmetic, two steps": "seed0", "spelling backwards": "spelling"}
+RATES = {"rate falls to 0": "seed0", "constant rate": "constant_rate"}
+
+
+def smollm2_run(name: str) -> dict:
+    return read_metrics(SMOLLM2 / name / METRICS_FILE)
 
 
 def lesson_task() -> Figure:
     figure, (exact, signal) = two_panels()
     for style, (label, run) in enumerate(TASKS.items()):
-        metrics = read_metrics(PAGES.parent / "results" / run / METRICS_FILE)
+        metrics = smollm2_run(run)
         for axes, name in ((exact, "accuracy"), (signal, "frac_zero_std_groups")):
             draw_smooth(axes, metrics, name, COLOURS[style], LINES[style][1:], label)
             axes.set_ylim(-0.02, 1.02)
@@ -224,14 +229,10 @@ def lesson_task() -> Figure:
     return figure
 
 
-# SmolLM2-135M on arithmetic, at two schedules of the learning rate.
-RATES = {"rate falls to 0": "smollm2/seed0", "constant rate": "smollm2/constant_rate"}
-
-
 def smollm2_rate() -> Figure:
     figure, (exact, validation) = two_panels()
     for style, (label, run) in enumerate(RATES.items()):
-        metrics = read_metrics(PAGES.parent / "results" / run / METRICS_FILE)
+        metrics = smollm2_run(run)
         draw_smooth(exact, metrics, "accuracy", COLOURS[style], LINES[style][1:], label)
         draw_validations(validation, metrics, partial(accuracy_of, "sampled"), style, label)
     exact.set_ylabel("share of exact completions")
