@@ -28,9 +28,16 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-from engine.checkpoint import replace_folder, sha256, write_json
-from engine.cli import Parser, UserError, exit_code
-from engine.models import ROOT, SOURCE_FILE, load_model, read_source
+from engine.files import (
+    ROOT,
+    UserError,
+    exit_code,
+    replace_folder,
+    sha256,
+    usage_error,
+    write_json,
+)
+from engine.models import SOURCE_FILE, load_model, read_source
 from train_grpo import PRESETS
 
 TARGET = ROOT / PRESETS["smollm2"]["model_name"]
@@ -180,7 +187,8 @@ def fetch(source: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.error = usage_error
     parser.add_argument("--source", choices=SOURCES, default="pip", help="where to get it from")
     source = SOURCES[parser.parse_args(argv).source]
     try:

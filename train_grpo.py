@@ -22,7 +22,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -31,14 +31,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
 
-from engine import distributed, models
-from engine.checkpoint import StopRequest, run_folder
-from engine.cli import Parser, UserError, check_ranges, exit_code, setting
-from engine.metrics import accuracy_summary, batch_metrics, completions_record
-from engine.policy import Policy, Rollout, frozen_copy, sample_tokens
-from engine.problems import SPLITS, ProblemFile, RewardFile, split_of
-from engine.run import RunLogger, already_finished
+from engine import distributed
+from engine.cli import Parser, check_settings, setting
+from engine.files import METRICS_FILE, UserError, exit_code
+from engine.machine import choose_device, choose_dtype, tune_cpu_memory
+from engine.metrics import accuracy_summary, batch_metrics, group_record
+from engine.models import choose_preset, eos_token_ids, load_model
+from engine.policy import Policy, Rollout, frozen_copy
+from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
+from engine.prompt import Prompt, check_length, encode_prompts, make_prompt
+from engine.run import Run, nothing_to_resume
 from engine.tree import choose_policy
 from rewards import score
 
@@ -79,7 +83,9 @@ class Config:
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged")
-    scale_rewards: Literal["group", "none"] = setting("group", "whose std divides the advantages")
+    scale_rewards: Literal["group", "none"] = setting(
+        "group", "divide advantages by the standard deviation of the group, or not"
+    )
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
     epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
@@ -137,16 +143,15 @@ def parse_config(argv: list[str] | None) -> Config:
     parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
-        preset, reason = models.choose_preset(PRESETS, Config.model_name)
+        preset, reason = choose_preset(PRESETS, Config.model_name)
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
-    check_ranges(config)
+    check_settings(config)
     batch, group, processes = config.batch_size, config.num_generations, distributed.world_size()
     if batch * group > 65536:
         raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
     if batch % processes:
         raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
-    load_task(config)  # for its errors, before a model is loaded
     print(f"preset {preset}: {reason}")
     return config
 
@@ -154,55 +159,41 @@ def parse_config(argv: list[str] | None) -> Config:
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """(a op1 b) op2 c"""
-
-    a: int
-    op1: str
-    b: int
-    op2: str
-    c: int
-
-    @property
-    def question(self) -> str:
-        return f"What is ({self.a} {self.op1} {self.b}) {self.op2} {self.c}?"
-
-    @property
-    def answer(self) -> int:
-        return OPERATORS[self.op2](OPERATORS[self.op1](self.a, self.b), self.c)
-
-    @property
-    def steps(self) -> str:
-        mid = OPERATORS[self.op1](self.a, self.b)
-        return f"{self.a} {self.op1} {self.b} = {mid}\n{mid} {self.op2} {self.c} = {self.answer}\n"
-
-    @property
-    def split(self) -> str:
-        """By a hash, commutative operands sorted: (3 + 4) * 5 and (4 + 3) * 5 are one problem."""
-        a, b = (self.a, self.b) if self.op1 == "-" else sorted((self.a, self.b))
-        return split_of(f"({a} {self.op1} {b}) {self.op2} {self.c}")
-
-
 # Worked examples for a prompt: training problems, one of the first three with negative numbers.
-EXAMPLES = [Problem(2, "+", 3, "*", 4), Problem(4, "-", 9, "*", 6), Problem(6, "*", 2, "+", 8)]
-EXAMPLES += [Problem(9, "-", 2, "-", 5), Problem(3, "-", 7, "+", 1), Problem(5, "*", 8, "*", 2)]
+EXAMPLES = [(2, "+", 3, "*", 4), (4, "-", 9, "*", 6), (6, "*", 2, "+", 8)]
+EXAMPLES += [(9, "-", 2, "-", 5), (3, "-", 7, "+", 1), (5, "*", 8, "*", 2)]
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """All problems with operands low to high. A `ProblemFile` has the same methods."""
+    """All problems `(a op1 b) op2 c` with operands low to high; has the methods of `ProblemFile`.
+
+    With `show_steps`, worked examples show both steps before the answer.
+    """
 
     low: int
     high: int
     show_steps: bool = False
+
+    def problem(self, a: int, op1: str, b: int, op2: str, c: int) -> Problem:
+        between = OPERATORS[op1](a, b)
+        answer = OPERATORS[op2](between, c)
+        steps = f"{a} {op1} {b} = {between}\n{between} {op2} {c} = {answer}\n" * self.show_steps
+        # Commutative operands sorted: (3 + 4) * 5 and (4 + 3) * 5 go to the same split.
+        first, second = (a, b) if op1 == "-" else sorted((a, b))
+        return Problem(
+            question=f"What is ({a} {op1} {b}) {op2} {c}?",
+            answer=answer,
+            split=split_of(f"({first} {op1} {second}) {op2} {c}"),
+            completion=f"{steps}<answer>{answer}</answer>",
+        )
 
     def draw(self, count: int, rng: random.Random) -> list[Problem]:
         """Draw `count` training problems, with replacement."""
         problems: list[Problem] = []
         while len(problems) < count:
             a, b, c = (rng.randint(self.low, self.high) for _ in range(3))
-            problem = Problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
+            problem = self.problem(a, rng.choice("+-*"), b, rng.choice("+-*"), c)
             problems += [problem] if problem.split == "train" else []
         return problems
 
@@ -214,27 +205,34 @@ class Arithmetic:
         def problem_at(index: int) -> Problem:
             a, b, c = (index // width**i % width + self.low for i in range(3))
             op1, op2 = divmod(index // width**3, 3)
-            return Problem(a, "+-*"[op1], b, "+-*"[op2], c)
+            return self.problem(a, "+-*"[op1], b, "+-*"[op2], c)
 
         # One problem in twenty is held out for each split, so 40 times `count` draws are plenty.
         drawn = random.Random(0).sample(range(total), min(total, 40 * count + 1000))
         return list(islice((p for p in map(problem_at, drawn) if p.split == split), count))
 
-    def examples(self, count: int) -> list[tuple[str, int, str]]:
-        """(question, answer, completion) to show in the prompt."""
-        return [
-            (p.question, p.answer, p.steps * self.show_steps + f"<answer>{p.answer}</answer>")
-            for p in EXAMPLES[:count]
-        ]
+    def examples(self, count: int) -> list[Problem]:
+        """The first of EXAMPLES, to show in the prompt."""
+        return [self.problem(*example) for example in EXAMPLES[:count]]
 
     def extremes(self) -> list[str]:
         """The shortest and the longest question."""
         numbers = sorted(range(self.low, self.high + 1), key=lambda n: len(str(n)))
-        return [Problem(n, "+", n, "+", n).question for n in (numbers[0], numbers[-1])]
+        return [self.problem(n, "+", n, "+", n).question for n in (numbers[0], numbers[-1])]
 
 
-def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, dict]:
-    """Problems, rewards and prompt of a run. Raises UserError."""
+@dataclass(frozen=True)
+class Task:
+    """What is asked and how it is scored."""
+
+    tokenizer: object
+    problems: Arithmetic | ProblemFile
+    rewards: RewardFile
+    prompt: Prompt
+
+
+def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, Prompt]:
+    """Problems, rewards and prompt: all of a Task but the tokenizer. Raises UserError."""
     low, high = config.min_operand, config.max_operand
     if not config.problems:
         problems = Arithmetic(low, high, config.show_steps)
@@ -245,11 +243,11 @@ def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, dic
     else:
         raise UserError("--problems has no operands; leave out --min_operand and --max_operand")
     rewards, examples = RewardFile(config.rewards), problems.examples(config.num_examples)
-    rewards.try_out(problems.examples(1)[0][1], examples)
-    return problems, rewards, models.make_prompt(config, examples, rewards.sha256)
+    rewards.try_out(problems.examples(1)[0].answer, examples)
+    shown = [[p.question, p.completion] for p in examples]
+    return problems, rewards, make_prompt(config, shown, rewards.sha256)
 
 
-@torch.no_grad()
 def rollout(
     policy: Policy,
     tokenizer,
@@ -260,27 +258,19 @@ def rollout(
     temperature: float = 1.0,
 ) -> Rollout:
     """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy."""
-    models.check_length(policy.model, prompts[0], max_new_tokens)
+    check_length(policy.model, prompts[0], max_new_tokens)
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
-    eos_ids = torch.tensor(models.eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
-    unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)  # (B*G,)
-    logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)  # (K, V), (B*G,)
-    steps = []  # T times (token, mask, logprob), (B*G,) each
-    while True:
-        token, logprob = sample_tokens(logits, rows, temperature, generator)
-        steps.append((token, unfinished, logprob.where(unfinished, 0.0)))
-        unfinished = unfinished & ~torch.isin(token, eos_ids)
-        if len(steps) == max_new_tokens or not unfinished.any():
-            break
-        logits, rows = policy.decode(cache, token, unfinished)
-    ids, mask, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    eos_ids = torch.tensor(eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
+    ids, mask, logprobs, truncated = policy.sample(
+        prompt_ids, prompt_mask, max_new_tokens, eos_ids, generator, temperature
+    )
     visible = (mask & ~torch.isin(ids, eos_ids)).cpu()  # (B*G, T)
     texts = tokenizer.batch_decode(
         [row[keep].tolist() for row, keep in zip(ids.cpu(), visible, strict=True)],
         skip_special_tokens=False,  # dropping them would hide them from the format reward
         clean_up_tokenization_spaces=False,
     )
-    return Rollout(prompt_ids, prompt_mask, ids, mask.float(), logprobs, unfinished, texts)
+    return Rollout(prompt_ids, prompt_mask, ids, mask.float(), logprobs, truncated, texts)
 
 
 def reward_function(
@@ -370,190 +360,207 @@ def grpo_loss(
         }
 
 
-def update_policy(
-    learner: nn.Module, reference: Policy, optimizer: Optimizer, batch: Rollout, config: Config
-) -> dict[str, float]:
-    """Take num_inner_updates gradient steps on one batch of groups. Returns their metrics.
+@dataclass
+class Learner:
+    """What trains. All but the reference is in a checkpoint."""
 
-    An update whose gradient is not finite is skipped: it would ruin every weight.
+    policy: Policy
+    trained: nn.Module  # the policy, wrapped to average gradients if there are several processes
+    reference: Policy
+    optimizer: Optimizer
+    problem_rng: random.Random
+    token_rng: torch.Generator
+
+
+def update_policy(
+    learner: Learner, batch: Rollout, advantages: Tensor, config: Config
+) -> dict[str, float]:
+    """Take num_inner_updates gradient steps on one batch of groups; advantages (B*G,).
+
+    Returns their metrics. An update whose gradient is not finite is skipped: it would ruin every
+    weight.
     """
     length = loss_length(batch.mask, config)
-    micro_batches = batch.micro_batches(config.micro_batch_size, reference.fits)
+    micro_batches = learner.policy.micro_batches(batch, config.micro_batch_size)
+    chunk_advantages = advantages.split([len(chunk) for chunk in micro_batches])
     with torch.no_grad():
-        for chunk in micro_batches:
-            chunk.ref_logprobs = reference(chunk)
+        ref_logprobs = [learner.reference(chunk) for chunk in micro_batches]  # (n, T) each
+    old_logprobs: list[Tensor] = []  # (n, T) each
     updates = []
     for _ in range(config.num_inner_updates):
-        optimizer.zero_grad()
+        learner.optimizer.zero_grad()
         update = Counter()
-        for chunk in distributed.sync_on_last(learner, micro_batches):
-            logprobs = learner(chunk)  # (n, T)
+        for i, chunk in enumerate(distributed.sync_on_last(learner.trained, micro_batches)):
+            logprobs = learner.trained(chunk)  # (n, T)
             # The policy has not moved since the rollout, so the first update needs no extra pass
             # for the old log-probabilities, and its ratio is exactly 1.
-            if chunk.old_logprobs is None:
-                chunk.old_logprobs = logprobs.detach()
-            inputs = chunk.old_logprobs, chunk.ref_logprobs, chunk.advantages, chunk.mask
+            if len(old_logprobs) == i:
+                old_logprobs.append(logprobs.detach())
+            inputs = old_logprobs[i], ref_logprobs[i], chunk_advantages[i], chunk.mask
             loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
             update.update({name: weight * value.item() for name, value in stats.items()})
-        norm = nn.utils.clip_grad_norm_(learner.parameters(), config.clip_grad_norm).item()
+        parameters = learner.policy.parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm).item()
         updates.append({**update, "grad_norm": norm})
         if math.isfinite(norm):
-            optimizer.step()
-    optimizer.zero_grad()  # frees the gradients before the next rollout
+            learner.optimizer.step()
+    learner.optimizer.zero_grad()  # frees the gradients before the next rollout
     taken = [update for update in updates if math.isfinite(update["grad_norm"])]
     metrics = {name: fmean(u[name] for u in taken or updates) for name in updates[0]}
     # kl is unbiased only at the first update, on samples of the current policy.
     metrics |= {name: updates[0][name] for name in ("kl", "kl_penalty")}
-    gaps = [(m.old_logprobs - m.sampled_logprobs).abs().max() for m in micro_batches]
+    recorded = [chunk.sampled_logprobs for chunk in micro_batches]
+    gaps = [(a - b).abs().max() for a, b in zip(old_logprobs, recorded, strict=True)]
     mismatch = max(distributed.all_gather(torch.stack(gaps).max().item()))
     return {**metrics, "skipped_updates": len(updates) - len(taken), "logprob_mismatch": mismatch}
 
 
-@dataclass
-class TrainState:
-    """What changes during a run, all of it in a checkpoint, and what it works with."""
+def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict, dict]:
+    """One iteration of GRPO: sample groups, score them, update the policy.
 
-    policy: Policy
-    reference: Policy
-    tokenizer: object
-    problems: Arithmetic | ProblemFile
-    rewards: RewardFile
-    prompt: dict
-    optimizer: Optimizer | None = None  # this and the generators only in training
-    problem_rng: random.Random | None = None
-    token_rng: torch.Generator | None = None
-    learner: nn.Module | None = None  # the policy, wrapped to average gradients over processes
-    last_group: dict | None = None  # the first group of the last iteration, to be read
-
-
-def set_up(config: Config) -> TrainState:
-    """Load the model and check that it can be trained. Raises UserError."""
-    device = models.choose_device(config.device)
-    models.tune_cpu_memory(device)
-    model, tokenizer = models.load_model(config.model_name, device)
-    problems, rewards, prompt = load_task(config)
-    # Of different lengths, so that padding is checked too.
-    prompts = models.encode_prompts(tokenizer, problems.extremes(), prompt, device)
-    models.check_length(model, prompts[0], config.max_new_tokens)
-    dtype, group = models.choose_dtype(config.dtype, device), config.num_generations
-    batch, length = config.batch_size // distributed.world_size(), config.max_new_tokens
-    policy = choose_policy(config.policy, model, dtype, prompts, group, length, batch * group)
-    first = prompts[0][0][prompts[1][0] == 1]
-    print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
-    # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
-    adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
-    parts = policy, frozen_copy(policy), tokenizer, problems, rewards, prompt
-    return TrainState(*parts, adamw, random.Random(config.seed), rng)
+    Returns its metrics and, for the log of completions, its first group.
+    """
+    started = time.perf_counter()
+    group, device = config.num_generations, learner.policy.model.device
+    problems = distributed.shard(task.problems.draw(config.batch_size, learner.problem_rng))
+    questions = [problem.question for problem in problems]
+    prompts = encode_prompts(task.tokenizer, questions, task.prompt, device)
+    length, rng = config.max_new_tokens, learner.token_rng
+    batch = rollout(learner.policy, task.tokenizer, prompts, group, length, rng)
+    answers = [problem.answer for problem in problems for _ in range(group)]
+    rewards, parts = reward_function(batch.texts, answers, task.rewards)
+    advantages = group_advantages(rewards, group, config.scale_rewards)  # (B*G,)
+    metrics = batch_metrics(batch, rewards, parts, advantages, group)
+    metrics |= update_policy(learner, batch, advantages.to(device), config)
+    metrics["seconds"] = time.perf_counter() - started
+    first_group = group_record(problems[0], batch, parts, advantages, group)
+    return distributed.all_reduce_mean(metrics), first_group
 
 
-def evaluate(state: TrainState, policy: Policy, split: str, config: Config, seed: int) -> dict:
-    """Accuracy of a policy on held-out problems, and its drift on off-task questions.
+def answer_questions(
+    policy: Policy,
+    tokenizer,
+    prompt: Prompt,
+    questions: list[str],
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> list[str]:
+    """One completion of each question, sampled 128 at a time."""
+    texts, hidden = [], distributed.rank() > 0 or None  # None: shown on a terminal only
+    for start in tqdm(range(0, len(questions), 128), delay=2, leave=False, disable=hidden):
+        chunk = questions[start : start + 128]
+        prompts = encode_prompts(tokenizer, chunk, prompt, policy.model.device)
+        length = prompt.max_new_tokens
+        texts += rollout(policy, tokenizer, prompts, 1, length, generator, temperature).texts
+    return texts
+
+
+def evaluate(policy: Policy, task: Task, split: str, count: int, seed: int) -> dict:
+    """Accuracy of a policy on `count` held-out problems, and its answer to the first of them.
 
     `sampled` (temperature 1) is what training optimises, `greedy` what a user gets. The generator
     is its own, so that evaluating more often changes nothing in the training.
     """
     rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
-    problems, accuracies = state.problems.held_out(split, config.eval_problems), {}
-    mine, device, length = distributed.shard(problems), policy.model.device, config.max_new_tokens
+    problems, accuracies = task.problems.held_out(split, count), {}
+    questions = distributed.shard([problem.question for problem in problems])
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        texts = []
-        for start in range(0, len(mine), 128):
-            questions = [p.question for p in mine[start : start + 128]]
-            prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
-            texts += rollout(policy, state.tokenizer, prompts, 1, length, rng, temperature).texts
-        texts = sum(distributed.all_gather(texts), [])
-        scores = [state.rewards.score(t, p.answer) for t, p in zip(texts, problems, strict=True)]
+        mine = answer_questions(policy, task.tokenizer, task.prompt, questions, rng, temperature)
+        texts = sum(distributed.all_gather(mine), [])
+        scores = [task.rewards.score(t, p.answer) for t, p in zip(texts, problems, strict=True)]
         accuracies[kind] = accuracy_summary(scores)
-    question, exact = problems[0].question, scores[0]["exact"] == 1
-    example = {"question": question, "completion": texts[0], "exact": exact}
-    off_task = evaluate_off_task(state, policy, length, seed)
-    return {"accuracies": accuracies, "off_task": off_task, "example": example}
+    exact = scores[0]["exact"] == 1
+    example = {"question": problems[0].question, "completion": texts[0], "exact": exact}
+    return {"accuracies": accuracies, "example": example}
 
 
-@torch.no_grad()
-def evaluate_off_task(state: TrainState, policy: Policy, length: int, seed: int) -> dict:
+def evaluate_off_task(policy: Policy, reference: Policy, task: Task, seed: int) -> dict:
     """On off-task questions: kl per token and, where answers are known, accuracy by rewards.py."""
-    asked = {**state.prompt, "examples": [], **state.prompt["off_task"]}
-    device, rng = policy.model.device, torch.Generator().manual_seed(seed)
-    prompts = models.encode_prompts(state.tokenizer, list(asked["questions"]), asked, device)
-    batch = rollout(policy, state.tokenizer, prompts, 1, length, rng)
-    kl = completion_mean(kl_term(policy(batch), state.reference(batch), "k3"), batch.mask).item()
-    pairs = zip(batch.texts, asked["questions"].values(), strict=True)
+    off_task, device = task.prompt.off_task, policy.model.device
+    prompt = replace(task.prompt, system=off_task["system"], examples=[])
+    prompts = encode_prompts(task.tokenizer, list(off_task["questions"]), prompt, device)
+    rng = torch.Generator().manual_seed(seed)
+    batch = rollout(policy, task.tokenizer, prompts, 1, prompt.max_new_tokens, rng)
+    with torch.no_grad():
+        kl = completion_mean(kl_term(policy(batch), reference(batch), "k3"), batch.mask).item()
+    pairs = zip(batch.texts, off_task["questions"].values(), strict=True)
     right = [score(text, answer).exact for text, answer in pairs if answer is not None]
     return {"kl": kl, **({"accuracy": fmean(right)} if right else {})}
 
 
-def train_iteration(state: TrainState, config: Config) -> dict[str, float]:
-    """One iteration of GRPO: sample groups, score them, update the policy. Returns its metrics."""
-    started = time.perf_counter()
-    group, length, device = config.num_generations, config.max_new_tokens, state.policy.model.device
-    problems = distributed.shard(state.problems.draw(config.batch_size, state.problem_rng))
-    questions = [problem.question for problem in problems]
-    prompts = models.encode_prompts(state.tokenizer, questions, state.prompt, device)
-    batch = rollout(state.policy, state.tokenizer, prompts, group, length, state.token_rng)
-    answers = [problem.answer for problem in problems for _ in range(group)]
-    rewards, parts = reward_function(batch.texts, answers, state.rewards)
-    batch.advantages = group_advantages(rewards, group, config.scale_rewards).to(device)  # (B*G,)
-    metrics = batch_metrics(batch, rewards, parts, group)
-    state.last_group = completions_record(problems[0], batch, parts, group)
-    learner = state.learner or state.policy
-    metrics |= update_policy(learner, state.reference, state.optimizer, batch, config)
-    metrics["seconds"] = time.perf_counter() - started
-    return distributed.all_reduce_mean(metrics)
-
-
-def train(config: Config, stop: StopRequest) -> int:
-    """Train, or resume a run; its files go to config.output_dir. Returns the exit code."""
-    if config.resume and distributed.broadcast_object(already_finished, asdict(config)):
-        return 0
+def set_up(config: Config) -> tuple[Task, Learner]:
+    """Load task and model, and check that the model can be trained. Raises UserError."""
     with distributed.sync_errors():
-        state = set_up(config)
-    state.learner = distributed.wrap_ddp(state.policy)
-    with distributed.rank_zero_only(run_folder(Path(config.output_dir))):
-        run = RunLogger(state, asdict(config))
+        problems, rewards, prompt = load_task(config)
+        device = choose_device(config.device)
+        tune_cpu_memory(device)
+        model, tokenizer = load_model(config.model_name, device)
+        # Of different lengths, so that padding is checked too.
+        prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
+        check_length(model, prompts[0], config.max_new_tokens)
+        dtype, group = choose_dtype(config.dtype, device), config.num_generations
+        completions = config.batch_size // distributed.world_size() * group
+        shape = group, config.max_new_tokens, completions
+        policy = choose_policy(config.policy, model, dtype, prompts, *shape)
+    first = prompts[0][0][prompts[1][0] == 1]
+    print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+    # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
+    adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
+    rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
+    trained = distributed.wrap_ddp(policy)
+    learner = Learner(policy, trained, frozen_copy(policy), adamw, random.Random(config.seed), rng)
+    return Task(tokenizer, problems, rewards, prompt), learner
+
+
+def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> None:
+    """By config.lr_schedule, after `iteration` iterations."""
+    decay = iteration / config.num_iterations * (config.lr_schedule == "linear")
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * (1 - decay)
+
+
+def draw_plots(output: Path) -> None:
+    from plot_metrics import draw  # late: asking a model needs no matplotlib
+
+    draw([output / METRICS_FILE], output)
+
+
+def train(config: Config) -> int:
+    """Train, or resume a run; its files go to config.output_dir. Returns the exit code."""
+    task, learner = set_up(config)
+    with Run(config, task, learner) as run:
 
         def measure(split: str, policy: Policy, iteration: int) -> None:
             seed = 1_000_003 * (config.seed + 1) + iteration
-            run.log_evaluation(iteration, split, evaluate(state, policy, split, config, seed))
+            results = evaluate(policy, task, split, config.eval_problems, seed)
+            off_task = evaluate_off_task(policy, learner.reference, task, seed)
+            run.log_evaluation(split, iteration, results | {"off_task": off_task})
 
-        for split in () if run.iteration else ("test", "validation"):
-            if not stop.reason():
-                measure(split, state.policy, 0)
-        with run.progress_bar():
-            while True:
-                if run.validation_due() and not stop.reason():
-                    measure("validation", state.policy, run.iteration)
-                run.save_best()
-                ending = stop.reason() or run.reason_to_stop()
-                if ending:
-                    break
-                decay = run.iteration / config.num_iterations * (config.lr_schedule == "linear")
-                for parameters in state.optimizer.param_groups:
-                    parameters["lr"] = config.learning_rate * (1 - decay)
-                run.log_iteration(train_iteration(state, config))
-        if not run.iteration:  # nothing was learned: keep the files of an earlier run
-            return 128 + stop.signal
-        if ending[0] != "failed":
-            run.checkpoint()
-        if ending[0] == "finished" and not run.evaluated("validation"):
-            measure("validation", state.policy, run.iteration)
-        best = run.best_policy()
-        if ending[0] == "finished":
+        for split in ("test", "validation"):
+            if run.due(split):
+                measure(split, learner.policy, run.iteration)
+        for iteration in run:  # until done, stopped, sick or interrupted; a resumed run goes on
+            set_learning_rate(learner.optimizer, config, iteration)
+            run.log_iteration(*train_iteration(task, learner, config))
+            if run.due("validation"):
+                measure("validation", learner.policy, run.iteration)
+            run.save()
+        if run.finished and not run.evaluated("validation"):
+            measure("validation", learner.policy, run.iteration)
+        best = run.load_best()
+        if run.finished:
             measure("test", best, run.metrics["best_iteration"])
-        run.finish(ending, best)
-        if distributed.rank() == 0:
-            from plot_metrics import draw_run  # late: inference needs no matplotlib
-
-            draw_run(run.metrics, Path(config.output_dir))
-    return {"finished": 0, "failed": 1}.get(ending[0], 128 + stop.signal)
+        return run.finish(best, draw_plots)
 
 
 def main(argv: list[str] | None = None) -> int:
-    with distributed.process_group(), StopRequest() as stop:
-        return train(distributed.broadcast_object(parse_config, argv), stop)
+    with distributed.process_group():
+        config = distributed.broadcast_object(parse_config, argv)
+        if config.resume and distributed.broadcast_object(nothing_to_resume, asdict(config)):
+            return 0
+        return train(config)
 
 
 if __name__ == "__main__":

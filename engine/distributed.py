@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.cli import UserError
+from engine.files import UserError
 
 # Longer than rank 0 takes to write a checkpoint to a slow disk. torchrun notices a dead process at
 # once; this is for a dead machine.

@@ -1,29 +1,54 @@
-"""What is recorded: of a batch, of one of its groups, of an evaluation."""
+"""What is recorded of a run, and what the record says: the best policy, reasons to stop, a summary.
+
+Every decision is computed from the metrics alone, so that a resumed run decides as an uninterrupted
+one would, and each of several processes as the others do.
+"""
 
 import math
+import shlex
+from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
+from engine.files import METRICS_FILE
 from engine.policy import Rollout
+
+WINDOW = 50  # iterations over which a run is judged
+MAX_SKIPPED = 10  # updates in a row
 
 
 def batch_metrics(
-    batch: Rollout, rewards: Tensor, parts: dict[str, Tensor], group: int
+    batch: Rollout, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor, group: int
 ) -> dict[str, float]:
-    """What the metrics record of a batch; rewards and each of the parts (B*G,)."""
-    length = batch.mask.sum(dim=1)  # (B*G,)
-    zero_std = (batch.advantages.view(-1, group) == 0).all(dim=1)  # (B,)
+    """What the metrics record of a batch; rewards, advantages and each of the parts (B*G,)."""
+    lengths = batch.mask.sum(dim=1)  # (B*G,)
+    zero_std = (advantages.view(-1, group) == 0).all(dim=1)  # (B,)
     return {
         "reward": rewards.mean().item(),
         **{f"reward_{name}": part.mean().item() for name, part in parts.items()},
         "accuracy": (parts["exact"] == 1).float().mean().item(),
         # Estimated from the samples: the mean of -log p per token.
-        "entropy": -(batch.sampled_logprobs.sum(dim=1) / length).mean().item(),
+        "entropy": -(batch.sampled_logprobs.sum(dim=1) / lengths).mean().item(),
         "truncated": batch.truncated.float().mean().item(),
-        "completion_length": length.mean().item(),
+        "completion_length": lengths.mean().item(),
         "frac_zero_std_groups": zero_std.float().mean().item(),
     }
+
+
+def group_record(
+    problem, batch: Rollout, parts: dict[str, Tensor], advantages: Tensor, group: int
+) -> dict:
+    """The first group of a batch, as a line of grpo_completions.jsonl; parts (B*G,) by name."""
+    columns = {
+        "text": batch.texts,
+        **{name: part[:group].tolist() for name, part in parts.items()},
+        "advantage": advantages[:group].tolist(),
+        "tokens": batch.mask[:group].sum(dim=1).int().tolist(),
+        "truncated": batch.truncated[:group].tolist(),
+    }
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(group)]
+    return {"question": problem.question, "answer": problem.answer, "completions": rows}
 
 
 def accuracy_summary(scores: list[dict[str, float]]) -> dict:
@@ -44,22 +69,108 @@ def accuracy_summary(scores: list[dict[str, float]]) -> dict:
     }
 
 
-def completions_record(problem, batch: Rollout, parts: dict[str, Tensor], group: int) -> dict:
-    """The first group of a batch, as a line of COMPLETIONS_FILE; parts (B*G,) each, by name."""
-    columns = {
-        "text": batch.texts,
-        **{name: part[:group].tolist() for name, part in parts.items()},
-        "advantage": batch.advantages[:group].tolist(),
-        "tokens": batch.mask[:group].sum(dim=1).int().tolist(),
-        "truncated": batch.truncated[:group].tolist(),
-    }
-    rows = [{name: column[i] for name, column in columns.items()} for i in range(group)]
-    return {"question": problem.question, "answer": problem.answer, "completions": rows}
-
-
 def describe(accuracies: dict[str, dict]) -> str:
     """`sampled 36.1% (32.1-40.4), greedy ...`, with the intervals in brackets."""
     return ", ".join(
         f"{name} {100 * s['accuracy']:.1f}% ({100 * s['low']:.1f}-{100 * s['high']:.1f})"
         for name, s in accuracies.items()
     )
+
+
+def validations(metrics: dict) -> list[dict]:
+    return [e for e in metrics["evaluations"] if e["split"] == "validation"]
+
+
+def best_iteration(metrics: dict) -> int:
+    """The iteration with the best sampled validation accuracy, the latest of equals; 0 if none.
+
+    Sampled, because that is what training raises; greedy accuracy jumps.
+    """
+    newest_first = validations(metrics)[::-1]
+    best = max(newest_first, key=lambda e: e["accuracies"]["sampled"]["accuracy"], default=None)
+    return best["iteration"] if best else 0
+
+
+def evaluations_without_gain(metrics: dict) -> int:
+    """Evaluations since sampled accuracy last rose above the interval of the last such rise."""
+    count, high = 0, -1.0
+    for sampled in (e["accuracies"]["sampled"] for e in validations(metrics)):
+        count += 1
+        if sampled["accuracy"] > high:
+            count, high = 0, sampled["high"]
+    return count
+
+
+def reason_to_stop(metrics: dict) -> tuple[str, str] | None:
+    """(status, reason) if the run should end here, else None."""
+    history, settings = metrics["iterations"], metrics["config"]
+    skipped = 0
+    for iteration in reversed(history):
+        skipped += iteration.get("skipped_updates", 0)
+        if iteration.get("skipped_updates", 0) < settings["num_inner_updates"]:
+            break
+    if skipped >= MAX_SKIPPED:
+        return "failed", f"{skipped} updates in a row had a loss or gradient that was not finite"
+    without_gain, max_kl = evaluations_without_gain(metrics), settings["max_kl"]
+    if settings["patience"] and without_gain >= settings["patience"]:
+        return "finished", f"{without_gain} evaluations without a gain beyond the interval"
+    kl = [m["kl"] for m in history[-WINDOW:] if m["kl"] is not None and math.isfinite(m["kl"])]
+    if max_kl and len(history) >= WINDOW and kl and fmean(kl) > max_kl:
+        return "finished", f"mean kl of the last {WINDOW} iterations {fmean(kl):.3g} > max_kl"
+    if len(history) >= settings["num_iterations"]:
+        return "finished", "all iterations done"
+    return None
+
+
+def lacks_signal(history: list[dict]) -> bool:
+    """Whether no group of the last WINDOW iterations had rewards that differ."""
+    recent = history[-WINDOW:]
+    return len(recent) == WINDOW and all(m["frac_zero_std_groups"] == 1 for m in recent)
+
+
+def no_signal_text(history: list[dict], example: dict) -> str:
+    """What to tell the user of a run that `lacks_signal`."""
+    means = {name: fmean(m[name] for m in history[-WINDOW:]) for name in history[-1]}
+    parts = ", ".join(
+        f"{name.removeprefix('reward_')} {mean:.2f}"
+        for name, mean in means.items()
+        if name.startswith("reward_")
+    )
+    return (
+        f"warning: for {WINDOW} iterations the completions of every group got equal rewards, so"
+        " there was nothing to learn from. Likely causes: completions end before the answer"
+        f" ({means['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
+        " without thinking); the model never answers in the form that the reward asks for"
+        f" ({parts}; try --num_examples 3); the task is too hard or too easy"
+        f" ({means['accuracy']:.0%} exact; try other problems); the learning rate is too high and"
+        f" entropy is gone ({means['entropy']:.2f}; try a smaller --learning_rate). At the last"
+        f" evaluation it answered {example['question']!r} with {example['completion']!r}"
+    )
+
+
+def summary(metrics: dict, output: Path) -> str:
+    """The results of a run that has ended, its files, and what to do next."""
+    history, kl = metrics["iterations"], [m["kl"] for m in metrics["iterations"]]
+    tests = [describe(e["accuracies"]) for e in metrics["evaluations"] if e["split"] == "test"]
+    peak = metrics.get("peak_memory_mib")  # unknown on Windows
+    saved = output / "saved_model"
+    choice = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
+    lines = {
+        "test accuracy before": tests[0],
+        "test accuracy after": tests[-1] if len(tests) > 1 else "not measured",
+        "kl": f"{fmean(kl[-100:]):.3f} at the end, {max(kl):.3f} at most",
+        "time and memory": f"{metrics['seconds']:.0f} s" + (f", {peak:.0f} MiB" if peak else ""),
+        "files": f"{output / METRICS_FILE}, two plots (grpo_*.png) beside it",
+        "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
+    }
+    if metrics["status"] == "interrupted":
+        command = metrics["environment"]["command"].replace(" --resume", "")
+        lines["to continue"] = f"{command} --resume"
+    if metrics["status"] == "failed":
+        lines["hint"] = (
+            "start again in another --output_dir with a smaller --learning_rate or --clip_grad_norm"
+        )
+    question = shlex.quote(metrics["evaluations"][0]["example"]["question"])
+    lines["next"] = f"python inference.py {choice}{question}"
+    head = f"\n{metrics['status']} after {len(history)} iterations: {metrics['stop_reason']}"
+    return "\n".join([head, *(f"{name:<21} {text}" for name, text in lines.items())])

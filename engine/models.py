@@ -1,105 +1,23 @@
-"""Find, load, check and save a model; its chat prompt, its card; devices and the environment."""
+"""Find, load, check and save a model; its card."""
 
 import copy
-import ctypes
-import inspect
-import json
-import os
-import platform
-import shlex
+import dataclasses
 import shutil
-import subprocess
-import sys
 import zlib
-from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers  # its parts are loaded when they are first used
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from engine import distributed
-from engine.checkpoint import read_json, replace_folder, write_json
-from engine.cli import ROOT, UserError, check_text
+from engine.files import ROOT, UserError, read_json, replace_folder, write_json
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 PROMPT_FILE = "grpo_prompt.json"
 SOURCE_FILE = "grpo_source.json"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is cuda if there is one, else cpu. Raises UserError if a named device is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = distributed.local_device(torch.device(name))
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not on this machine; try --device auto") from error
-    return device
-
-
-def tune_cpu_memory(device: torch.device) -> None:
-    """Keep freed memory for later tensors, and few compiled kernels."""
-    # oneDNN keeps a kernel for each of the last 1,024 shapes, and here almost every pass has a new
-    # shape: 50 MB more per iteration of SmolLM2, without end. It reads these at its first use.
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "10")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20")
-    # By default glibc returns large blocks to the system, which must zero every page before handing
-    # it out again: a tenth of an iteration or more.
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type; `auto` is bfloat16 on a cuda device that computes in it natively."""
-    if name == "auto":
-        # Older cards (T4, V100) only emulate it: compute capability 8.0 is the first to have it.
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "bfloat16" if native else "float32"
-    return getattr(torch, name)
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far, in MiB: on the host where known, and on cuda."""
-    peak = {}
-    try:
-        import resource  # Unix only
-
-        kibi = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak["peak_memory_mib"] = usage / kibi
-    except ImportError:
-        pass
-    if device.type == "cuda":
-        peak["peak_cuda_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    return peak
-
-
-def describe_environment(device: torch.device) -> dict:
-    """What it takes to repeat a run: command, commit, versions, machine."""
-    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {
-        "command": shlex.join([*distributed.launcher(), *sys.argv]),
-        "git_commit": commit or None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
-        "platform": platform.platform(),
-        "device": device.type,
-        "processes": distributed.world_size(),
-        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -206,124 +124,8 @@ def eos_token_ids(model: nn.Module, tokenizer) -> list[int]:
     return ids
 
 
-# Asked to see how far training moves a chat model on questions it is not trained on.
-OFF_TASK = {
-    "system": "",
-    "questions": dict.fromkeys(
-        [
-            "What is the capital of France?",
-            "Write one sentence about the sea.",
-            "How do I boil an egg?",
-            "Translate to French: good morning.",
-            "Name three colours.",
-            "Why is the sky blue?",
-            "Who wrote Romeo and Juliet?",
-            "Give me a word that rhymes with light.",
-        ]
-    ),
-}
-
-
-def template_kwargs(text: str) -> dict:
-    """Read --chat_template_kwargs. Raises UserError."""
-    flag = f"--chat_template_kwargs {text:.80}"
-    try:
-        kwargs = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: not valid JSON: {error}") from error
-    apply = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
-    if not isinstance(kwargs, dict) or kwargs.keys() & {*apply.parameters, "messages"}:
-        raise UserError(
-            f"{flag}: must be a JSON object of variables that the chat template reads, like"
-            ' {"enable_thinking": false}'
-        )
-    check_text("--chat_template_kwargs", json.dumps(kwargs, ensure_ascii=False))
-    return kwargs
-
-
-def make_prompt(config, examples: list[tuple], rewards_sha256: str) -> dict:
-    """How to ask a model, as grpo_prompt.json keeps it beside the weights, from a Config.
-
-    {"system": str, "examples": [[question, completion], ...], "chat_template_kwargs": {...},
-    "max_new_tokens": int, "task": {settings}, "off_task": {"system": str, "questions": {question:
-    answer, or None where there is no single one}}}
-    """
-    names = "problems", "min_operand", "max_operand", "rewards"
-    return {
-        "system": config.system_prompt,
-        "examples": [[question, completion] for question, _, completion in examples],
-        "chat_template_kwargs": template_kwargs(config.chat_template_kwargs),
-        "max_new_tokens": config.max_new_tokens,
-        "task": {n: getattr(config, n) for n in names} | {"rewards_sha256": rewards_sha256},
-        "off_task": (read_prompt(config.model_name) or {}).get("off_task", OFF_TASK),
-    }
-
-
-def read_prompt(name: str) -> dict | None:
-    """The grpo_prompt.json of a model; None if it has none. Raises UserError if it is damaged."""
-    folder = model_folder(name)
-    if folder is None or not (folder / PROMPT_FILE).exists():
-        return None
-    file = folder / PROMPT_FILE
-    prompt = read_json(file)
-    examples, tokens = prompt.get("examples"), prompt.get("max_new_tokens")
-    off_task, task = prompt.get("off_task", OFF_TASK), prompt.get("task", {})
-    if not (
-        isinstance(prompt.get("system"), str)
-        and isinstance(examples, list)
-        and all(isinstance(e, list) and [type(t) for t in e] == [str, str] for e in examples)
-        and (type(tokens) is int and tokens > 0)
-        and isinstance(prompt.get("chat_template_kwargs", {}), dict)
-        and isinstance(task, dict)
-        and all(isinstance(task.get(n, ""), str) for n in ("problems", "rewards", "rewards_sha256"))
-        and all(type(task.get(name, 0)) is int for name in ("min_operand", "max_operand"))
-        and isinstance(off_task, dict)
-        and isinstance(off_task.get("system"), str)
-        and isinstance(off_task.get("questions"), dict)
-        and all(a is None or type(a) is int for a in off_task["questions"].values())
-    ):
-        raise UserError(f"{file} is not a prompt as training writes it")
-    texts = [prompt["system"], off_task["system"], *off_task["questions"]]
-    for text in (*texts, *(text for example in examples for text in example)):
-        check_text(str(file), text)
-    return {"off_task": OFF_TASK, **prompt}  # files of earlier versions may have none
-
-
-def encode_prompts(tokenizer, questions: list[str], prompt: dict, device) -> tuple[Tensor, Tensor]:
-    """Put each question into the chat and tokenise, padded on the left.
-
-    Returns (prompt_ids, prompt_mask), both (B, P) int64; the mask is 1 on real tokens.
-    """
-    opening = [{"role": "system", "content": prompt["system"]}] if prompt["system"] else []
-    for question, answer in prompt.get("examples", []):
-        opening.append({"role": "user", "content": question})
-        opening.append({"role": "assistant", "content": answer})
-    chats = [[*opening, {"role": "user", "content": question}] for question in questions]
-    try:
-        texts = tokenizer.apply_chat_template(
-            chats,
-            tokenize=False,
-            add_generation_prompt=True,
-            **prompt.get("chat_template_kwargs", {}),
-        )
-    except Exception as error:  # the template is foreign code, run in a sandbox
-        raise UserError(f"the model's chat template fails: {error}") from error
-    batch = tokenizer(
-        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
-
-
-def check_length(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> None:
-    """Raise UserError if prompts (B, P) and new tokens exceed the model's context."""
-    length = prompt_ids.shape[1] + new_tokens
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    if length > limit:
-        raise UserError(f"prompt and answer need {length} tokens; this model's context is {limit}")
-
-
-def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: str) -> None:
-    """Write a model that plain `from_pretrained` loads, its prompt and its card."""
+def write_model(model: nn.Module, tokenizer, prompt, folder: Path, card: str) -> None:
+    """Write a model that plain `from_pretrained` loads, its Prompt and its card."""
     model = copy.copy(model)  # shallow, to change the generation config only here
     # Plain greedy, so that `generate` gives the greedy accuracy that was measured.
     model.generation_config = transformers.GenerationConfig(
@@ -335,53 +137,49 @@ def write_model(model: nn.Module, tokenizer, prompt: dict, folder: Path, card: s
     folder.mkdir(exist_ok=True)  # no parents: save_pretrained would recreate a deleted output_dir
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(folder / PROMPT_FILE, prompt)
+    write_json(folder / PROMPT_FILE, dataclasses.asdict(prompt))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_model(model: nn.Module, tokenizer, prompt: dict, output: Path, metrics: dict) -> None:
+def save_model(model: nn.Module, tokenizer, prompt, output: Path, metrics: dict) -> None:
     """Replace output/saved_model atomically by a trained model."""
-    beside = output / "saved_model.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    tmp_dir = output / "saved_model.tmp"
+    shutil.rmtree(tmp_dir, ignore_errors=True)
     try:
-        write_model(model, tokenizer, prompt, beside, model_card(metrics))
-        replace_folder(beside, output / "saved_model")
+        write_model(model, tokenizer, prompt, tmp_dir, model_card(metrics))
+        replace_folder(tmp_dir, output / "saved_model")
     except (OSError, SafetensorError):
-        shutil.rmtree(beside, ignore_errors=True)  # frees the space if the disk is full
+        shutil.rmtree(tmp_dir, ignore_errors=True)  # frees the space if the disk is full
         raise
 
 
 def model_card(metrics: dict) -> str:
     """The README of a trained model, from the metrics of its run."""
-    config = metrics["config"]
-    rows = [
+    config, environment, best = (metrics[n] for n in ("config", "environment", "best_iteration"))
+    measured = [
         f"| {e['iteration']} | {kind} | {a['accuracy']:.1%} | {a['low']:.1%} to {a['high']:.1%} |"
         for e in metrics["evaluations"]
         if e["split"] == "test"
         for kind, a in e["accuracies"].items()
     ]
-    measured = "\n".join(rows)
-    best = metrics["best_iteration"]
-    off_task = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best]
-    source = metrics["environment"].get("model_source") or {}
-    low, high = config["min_operand"], config["max_operand"]
+    drift = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best][-1]
+    source = environment["model_source"] or {}
+    low, high, file = config["min_operand"], config["max_operand"], Path(config["problems"]).name
     task = f"`What is (a op1 b) op2 c?`, for operands {low} to {high} and the operators + - *"
-    if config["problems"]:
-        file = Path(config["problems"]).name
-        task = f"the questions of {file} (SHA-256 {metrics['environment']['problems_sha256']})"
-    judge = Path(config["rewards"] or "rewards.py").name
+    if file:
+        task = f"the questions of {file} (SHA-256 {environment['problems_sha256']})"
     settings = config | {f"base model: {name}": value for name, value in source.items()}
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    newline = "\n"
     return f"""---
 base_model: {source.get("model", config["model_name"])}
 tags: [grpo]
 ---
 # {config["model_name"]} after GRPO
 
-Answers {task}. Trained by `train_grpo.py` from {config["model_name"]} with the rewards of {judge}
-(SHA-256 {metrics["environment"]["rewards_sha256"]}). This is the policy after iteration {best},
-the best of {len(metrics["iterations"])} by validation accuracy. {PROMPT_FILE} holds the system line
-and the worked examples of its prompt.
+Answers {task}. Trained by `train_grpo.py` from {config["model_name"]} with the rewards of
+{Path(config["rewards"]).name or "rewards.py"} (SHA-256 {environment["rewards_sha256"]}). This is
+the policy after iteration {best}, the best of {len(metrics["iterations"])} by validation accuracy.
+{PROMPT_FILE} holds the system line and the worked examples of its prompt.
 
 ## Measured on held-out test problems
 
@@ -389,14 +187,14 @@ Sampled is at temperature 1, one sample per problem.
 
 | after iteration | answers | accuracy | 95% interval |
 |---|---|---|---|
-{measured}
+{newline.join(measured)}
 
-Other skills of the base model may be lost: on questions off the task its answers are
-{off_task[-1]:.2g} nats per token away from the base model's.
+Other skills of the base model may be lost: on questions off the task its answers are {drift:.2g}
+nats per token away from the base model's.
 
 ## Recipe
 
 | setting | value |
 |---|---|
-{recipe}
+{newline.join(f"| {name} | {value} |" for name, value in settings.items())}
 """

@@ -7,17 +7,16 @@ the faster `TreePolicy` is tested against.
 import copy
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollout:
-    """N completions, each with its own copy of its prompt, and what it takes to train on them.
+    """N sampled completions, each with its own copy of its prompt.
 
     A batch of B prompts with G completions each has N = B*G, ordered by group.
     """
@@ -29,10 +28,6 @@ class Rollout:
     sampled_logprobs: Tensor  # (N, T) float32, recorded while sampling, 0 where masked
     truncated: Tensor  # (N,) bool, whether max_new_tokens came before an end token
     texts: list[str]  # N completions without their end tokens
-    advantages: Tensor | None = None  # (N,)
-    ref_logprobs: Tensor | None = None  # (N, T)
-    old_logprobs: Tensor | None = None  # (N, T), of the first inner update
-    tree: Any = None  # what TreePolicy computes with, built once
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -40,24 +35,15 @@ class Rollout:
     def __getitem__(self, rows: slice) -> "Rollout":
         """The given rows, trimmed to their longest completion."""
         width = int(self.mask[rows].sum(dim=1).max())
-        wide = ("completion_ids", "mask", "sampled_logprobs", "ref_logprobs", "old_logprobs")
-        cut = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tree"}
-        cut = {name: value if value is None else value[rows] for name, value in cut.items()}
-        cut |= {name: cut[name][:, :width] for name in wide if cut[name] is not None}
-        return Rollout(**cut)
-
-    def micro_batches(self, size: int, fits: Callable[["Rollout"], bool]) -> list["Rollout"]:
-        """Cut into as few equal parts as possible, of at most `size` completions (0: any) that fit.
-
-        A single completion is never cut, even if it does not fit.
-        """
-        count = math.ceil(len(self) / (size or len(self)))
-        while True:
-            rows = math.ceil(len(self) / count)
-            chunks = [self[i : i + rows] for i in range(0, len(self), rows)]
-            if rows == 1 or all(fits(chunk) for chunk in chunks):
-                return chunks
-            count += 1
+        return Rollout(
+            self.prompt_ids[rows],
+            self.prompt_mask[rows],
+            self.completion_ids[rows, :width],
+            self.mask[rows, :width],
+            self.sampled_logprobs[rows, :width],
+            self.truncated[rows],
+            self.texts[rows],
+        )
 
 
 @dataclass
@@ -86,6 +72,24 @@ class Policy(nn.Module):
         """Whether plain attention is faster than PyTorch's fused one: in bfloat16 on a CPU."""
         return self.model.device.type == "cpu" and self.compute_dtype == torch.bfloat16
 
+    def micro_batches(self, rollout: Rollout, size: int = 0) -> list[Rollout]:
+        """Cut into as few equal parts as possible, of at most `size` completions (0: any) that fit.
+
+        A single completion is never cut, even if it does not fit.
+        """
+        count = math.ceil(len(rollout) / (size or len(rollout)))
+        while True:
+            rows = math.ceil(len(rollout) / count)
+            starts = range(0, len(rollout), rows)
+            chunks = [self.prepare(rollout[i : i + rows]) for i in starts]
+            if rows == 1 or all(self.fits(chunk) for chunk in chunks):
+                return chunks
+            count += 1
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """The rollout with what several passes over it share; here nothing."""
+        return rollout
+
     def fits(self, rollout: Rollout) -> bool:
         """Whether one pass can take these completions; the plain policy sets no bound."""
         return True
@@ -103,6 +107,34 @@ class Policy(nn.Module):
         rows = torch.arange(len(targets), device=ids.device)
         logprobs = token_logprobs(logits.flatten(0, 1), rows, targets).view(rollout.mask.shape)
         return logprobs.where(rollout.mask > 0, 0.0)
+
+    def sample(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        eos_ids: Tensor,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sample a completion of each prompt (N, P), until all have ended with one of `eos_ids`.
+
+        Returns ids, mask and log-probabilities (N, T), and whether each was truncated (N,).
+        """
+        with torch.no_grad():
+            unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+            logits, rows, cache = self.prefill(prompt_ids, prompt_mask)  # (K, V), (N,)
+            steps = []  # T times (token, mask, logprob), (N,) each
+            while True:
+                token, logprob = sample_tokens(logits, rows, temperature, generator)
+                steps.append((token, unfinished, logprob.where(unfinished, 0.0)))
+                unfinished = unfinished & ~torch.isin(token, eos_ids)
+                if len(steps) == max_new_tokens or not unfinished.any():
+                    break
+                logits, rows = self.decode(cache, token, unfinished)
+            columns = zip(*steps, strict=True)
+            ids, mask, logprobs = (torch.stack(column, dim=1) for column in columns)
+        return ids, mask, logprobs, unfinished
 
     def prefill(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Cache]:
         """Read prompts (N, P), left-padded. Returns logits (K, V), rows (N,) and the cache.

@@ -10,14 +10,15 @@ import json
 import random
 import sys
 import zlib
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from engine.cli import ROOT, UserError, check_text
+from engine.cli import check_text
+from engine.files import ROOT, UserError, read_file
 
 SPLITS = ("train", "validation", "test")
-TAKEN = {"text", "advantage", "tokens", "truncated"}  # beside the parts in COMPLETIONS_FILE
+# Columns of grpo_completions.jsonl that no part of a reward may be named after.
+RESERVED_COLUMNS = {"text", "advantage", "tokens", "truncated"}
 ODD_COMPLETION = "<answer>\0\u0667\u2212</answer> \U0001f642<answer>"
 
 
@@ -26,25 +27,13 @@ def split_of(text: str) -> str:
     return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 20, "train")
 
 
-def read_file(flag: str, name: str) -> tuple[Path, bytes]:
-    """The file called `name`, here or in this repository, and its content. Raises UserError."""
-    try:
-        path = Path(name) if Path(name).exists() else ROOT / name
-        if path.exists() and not path.is_file():  # a device could be read for ever
-            raise UserError(f"{flag} {name}: not a file")
-        return path, path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: not a name that a file can have
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"{flag} {name}: {reason}") from error
-
-
 class Problem(NamedTuple):
-    """A line of a problem file."""
+    """A question and its answer."""
 
     question: str
     answer: str | int
     split: str
-    completion: str
+    completion: str  # what a worked example shows
 
 
 def read_problem(line: bytes) -> Problem:
@@ -106,9 +95,9 @@ class ProblemFile:
         problems = self.splits[split]
         return random.Random(0).sample(problems, min(count, len(problems)))
 
-    def examples(self, count: int) -> list[tuple]:
-        """(question, answer, completion) of the first training problems."""
-        return [(p.question, p.answer, p.completion) for p in self.splits["train"][:count]]
+    def examples(self, count: int) -> list[Problem]:
+        """The first training problems, to show in the prompt."""
+        return self.splits["train"][:count]
 
     def extremes(self) -> list[str]:
         """The shortest and the longest question of all splits."""
@@ -137,13 +126,13 @@ class RewardFile:
         if not (
             isinstance(self.weights, dict)
             and all(isinstance(part, str) and part.isidentifier() for part in self.weights)
-            and not self.weights.keys() & TAKEN
+            and not self.weights.keys() & RESERVED_COLUMNS
             and all(type(w) in (int, float) and abs(w) <= 1e6 for w in self.weights.values())
             and "exact" in self.weights
         ):
             raise UserError(
                 f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them"
-                f" and not {', '.join(sorted(TAKEN))}; it is {self.weights!r}"
+                f" and not {', '.join(sorted(RESERVED_COLUMNS))}; it is {self.weights!r}"
             )
         for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
             if not callable(function):
@@ -164,13 +153,14 @@ class RewardFile:
             return dict(zip(names, map(float, scores), strict=True))
         raise UserError(f"{self.path}: score({completion!r}, {answer!r}) {problem}, not {scores!r}")
 
-    def try_out(self, answer: str | int, shown: list[tuple]) -> None:
-        """Score an empty and an odd completion, and the worked examples `shown` (question, answer,
-        completion). Raises UserError, also if an example does not earn `exact`.
+    def try_out(self, answer: str | int, examples: list[Problem]) -> None:
+        """Score an empty and an odd completion, and the worked examples of the prompt.
+
+        Raises UserError, also if an example does not earn `exact`.
         """
         self.score("", answer)
         self.score(ODD_COMPLETION, answer)
-        for question, right, completion in shown:
+        for question, right, _, completion in examples:
             if self.score(completion, right)["exact"] != 1:
                 raise UserError(
                     f"{self.path}: the worked example {question!r} shows {completion!r}, which this"

@@ -1,48 +1,27 @@
-"""A run's folder: metrics, checkpoints, the best policy, reasons to stop, resume.
+"""A run: its folder, log and checkpoints, its best policy, when it stops, how it is resumed.
 
-Every decision is computed from the metrics alone, so that a resumed run decides as an uninterrupted
-one would, and each of several processes as the others do. Only rank 0 writes.
+Only rank 0 writes and prints, but all processes of a run call this code alike.
 """
 
-import math
+import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
-from engine import distributed
-from engine.checkpoint import (
-    CHECKPOINTS,
-    COMPLETIONS_FILE,
-    METRICS_FILE,
-    append_line,
-    checkpoints_in,
-    cut_lines,
-    load_checkpoint,
-    read_json,
-    restore,
-    save_checkpoint,
-    write_json,
-)
-from engine.cli import UserError
-from engine.metrics import describe
-from engine.models import (
-    describe_environment,
-    fingerprint,
-    load_model,
-    peak_memory,
-    read_source,
-    save_model,
-)
+from engine import checkpoint, distributed, files, metrics
+from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
+from engine.machine import describe_environment, peak_memory
+from engine.models import fingerprint, load_model, read_source, save_model
 from engine.policy import Policy
 
-WINDOW = 50  # iterations over which a run is judged
-MAX_SKIPPED = 10  # updates in a row
-# Of the environment. Torch and threads may differ, with a note.
+# Environment keys that must match on resume; torch and threads only print a note.
 COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
 COMPARED += ("policy", "compute_dtype", "torch", "threads")
 # Settings that a resumed run may change, because they change no weight (at a constant rate).
@@ -51,313 +30,298 @@ FREE |= {"patience", "max_kl", "log_completions_every"}
 FREE |= {"problems", "rewards"}  # their hashes are compared
 
 
-def run_status(output: Path) -> str | None:
-    """The status in the metrics file of `output`; None if there is no such file."""
-    try:
-        return read_json(output / METRICS_FILE).get("status")
-    except UserError:
-        return None
+def finished_run(output: Path) -> dict | None:
+    """The metrics of the run in `output`, if it has finished."""
+    file = output / METRICS_FILE
+    found = files.read_json(file) if file.exists() else {}
+    return found if found.get("status") == "finished" else None
 
 
-def already_finished(settings: dict) -> bool:
-    """Whether the run in output_dir has ended and these settings ask for nothing more."""
+def nothing_to_resume(settings: dict) -> bool:
+    """Whether the run in output_dir has finished and these settings ask for nothing more."""
     output = Path(settings["output_dir"])
-    if run_status(output) != "finished":
-        return False
-    try:
-        ending = reason_to_stop(read_json(output / METRICS_FILE) | {"config": settings})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{output / METRICS_FILE} is not a metrics file of train_grpo.py"
-        ) from error
+    found = finished_run(output)
+    ending = found and metrics.reason_to_stop(found | {"config": settings})
     if ending:
         print(f"nothing to resume: the run in {output.resolve()} is finished, {ending[1]}")
     return bool(ending)
 
 
-def checkpoint_to_resume(now: dict) -> tuple[dict, dict] | None:
-    """The newest checkpoint of the run to resume, if any; `now` are the new run's metrics.
+def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict, dict]:
+    """The newest checkpoint of the run to resume, or two empty dicts; `current` are new metrics.
 
-    Raises UserError where a fresh start would overwrite an unfinished run, and where settings
-    other than FREE, the device, the policy class or the base model differ from the checkpoint's.
+    A setting that the checkpoint does not know counts as its default. Raises UserError where a
+    fresh start would overwrite an unfinished run, and where settings other than FREE, the device,
+    the policy class or the base model differ from the checkpoint's.
     """
-    output = Path(now["config"]["output_dir"])
-    if not now["config"]["resume"]:
-        if checkpoints_in(output) and run_status(output) != "finished":
+    settings, output = current["config"], Path(current["config"]["output_dir"])
+    if not settings["resume"]:
+        if checkpoint.checkpoints_in(output) and not finished_run(output):
             raise UserError(
                 f"{output.resolve()} holds an unfinished run: continue it with --resume, choose"
-                f" another --output_dir, or delete {CHECKPOINTS}/ to give it up"
+                f" another --output_dir, or delete {checkpoint.CHECKPOINTS}/ to give it up"
             )
-        return None
-    found = load_checkpoint(output)
-    if found is None:
+        return {}, {}
+    tensors, state = checkpoint.load_checkpoint(output)
+    if not state:
         print(f"nothing to resume in {output.resolve()}: starting from the beginning")
-        return None
-    then = found[1].get("metrics")
+        return {}, {}
     # A falling rate depends on the length of the run.
-    free = FREE - {"num_iterations"} if now["config"]["lr_schedule"] == "linear" else FREE
-    try:
-        pairs = {n: (then["config"].get(n), now["config"][n]) for n in now["config"].keys() - free}
-        pairs = {f"--{name}": pair for name, pair in sorted(pairs.items())}
-        for name in COMPARED:
-            pairs[name] = then["environment"].get(name), now["environment"][name]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"--resume: {output} holds no checkpoint of train_grpo.py") from error
+    free = FREE - {"num_iterations"} if settings["lr_schedule"] == "linear" else FREE
+    saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
+    names = sorted(settings.keys() - free)
+    pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
+    pairs |= {n: (environment.get(n), current["environment"][n]) for n in COMPARED}
     changed = {n: f"{n} was {a!r}, is {b!r}" for n, (a, b) in pairs.items() if a != b}
     for name in ("torch", "threads"):
         if name in changed:
             print(f"note: {changed.pop(name)}; the last digits will differ")
     if changed:
         raise UserError("--resume: started with other settings: " + "; ".join(changed.values()))
-    return found
+    return tensors, state
 
 
-def validations(metrics: dict) -> list[dict]:
-    return [e for e in metrics["evaluations"] if e["split"] == "validation"]
+@contextmanager
+def received_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second Ctrl-C kills.
 
-
-def best_iteration(metrics: dict) -> int:
-    """The iteration with the best sampled validation accuracy, the latest of equals; -1 if none.
-
-    Sampled, because that is what training raises; greedy accuracy jumps.
+    Further SIGTERMs are collected too: schedulers send one to a process and one to its group.
     """
-    newest_first = validations(metrics)[::-1]
-    best = max(
-        newest_first,
-        key=lambda e: e["accuracies"]["sampled"]["accuracy"],
-        default={"iteration": -1},
-    )
-    return best["iteration"]
+    received: list[int] = []
+
+    def receive(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if distributed.rank() == 0:
+            print("\nstopping after this iteration; Ctrl-C to stop at once", file=sys.stderr)
+
+    previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def evaluations_without_gain(metrics: dict) -> int:
-    """Evaluations since sampled accuracy last rose above the interval of the last such rise."""
-    count, high = 0, -1.0
-    for sampled in (e["accuracies"]["sampled"] for e in validations(metrics)):
-        count += 1
-        if sampled["accuracy"] > high:
-            count, high = 0, sampled["high"]
-    return count
+class Run:
+    """A context manager that owns a run's folder and signals; iterating over it runs the run.
 
+    `ending` is None while the run goes on, then (status, reason).
+    """
 
-def reason_to_stop(metrics: dict) -> tuple[str, str] | None:
-    """(status, reason) if the run should end here, else None."""
-    history, settings = metrics["iterations"], metrics["config"]
-    skipped = 0
-    for iteration in reversed(history):
-        skipped += iteration.get("skipped_updates", 0)
-        if iteration.get("skipped_updates", 0) < settings["num_inner_updates"]:
-            break
-    if skipped >= MAX_SKIPPED:
-        return "failed", f"{skipped} updates in a row had a loss or gradient that was not finite"
-    without_gain, max_kl = evaluations_without_gain(metrics), settings["max_kl"]
-    if settings["patience"] and without_gain >= settings["patience"]:
-        return "finished", f"{without_gain} evaluations without a gain beyond the interval"
-    kl = [m["kl"] for m in history[-WINDOW:] if m["kl"] is not None and math.isfinite(m["kl"])]
-    if max_kl and len(history) >= WINDOW and kl and fmean(kl) > max_kl:
-        return "finished", f"mean kl of the last {WINDOW} iterations {fmean(kl):.3g} > max_kl"
-    if len(history) >= settings["num_iterations"]:
-        return "finished", "all iterations done"
-    return None
+    def __init__(self, config, task, learner):
+        """Start a run in config.output_dir, or resume the one there. Raises UserError.
 
-
-def lacks_signal(history: list[dict]) -> bool:
-    """Whether no group of the last WINDOW iterations had rewards that differ."""
-    recent = history[-WINDOW:]
-    return len(recent) == WINDOW and all(m["frac_zero_std_groups"] == 1 for m in recent)
-
-
-def no_signal_text(history: list[dict], example: dict) -> str:
-    """What to tell the user of a run that `lacks_signal`."""
-    means = {name: fmean(m[name] for m in history[-WINDOW:]) for name in history[-1]}
-    parts = ", ".join(
-        f"{name.removeprefix('reward_')} {mean:.2f}"
-        for name, mean in means.items()
-        if name.startswith("reward_")
-    )
-    return (
-        f"warning: for {WINDOW} iterations the completions of every group got equal rewards, so"
-        " there was nothing to learn from. Likely causes: completions end before the answer"
-        f" ({means['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
-        " without thinking); the model never answers in the form that the reward asks for"
-        f" ({parts}; try --num_examples 3); the task is too hard or too easy"
-        f" ({means['accuracy']:.0%} exact;"
-        " try other problems); the learning rate is too high and entropy is gone"
-        f" ({means['entropy']:.2f}; try a smaller --learning_rate). At the last evaluation it"
-        f" answered {example['question']!r}"
-        f" with {example['completion']!r}"
-    )
-
-
-class RunLogger:
-    """Keeps output_dir up to date: metrics, checkpoints, the best policy. All processes call it."""
-
-    def __init__(self, state, settings: dict):
-        """Start a run, or continue the one in output_dir; `state` is a TrainState."""
-        with distributed.sync_errors():
-            if len(set(distributed.all_gather(state.policy.name))) > 1:
-                raise UserError("the processes chose different policies; try --policy plain")
-        self.state, self.output = state, Path(settings["output_dir"])
-        self.writes = distributed.rank() == 0
-        model, problems = state.policy.model, settings["problems"]
-        environment = {
-            **describe_environment(model.device),
-            "policy": state.policy.name,
-            "compute_dtype": str(state.policy.compute_dtype),
-            "base_model_crc32": fingerprint(model),
-            "model_source": read_source(settings["model_name"]),
-            "problems_sha256": problems and state.problems.sha256,
-            "rewards_sha256": state.rewards.sha256,
-        }
-        with distributed.sync_errors():
-            hashes = [environment[name] for name in ("problems_sha256", "rewards_sha256")]
-            if any(other != hashes for other in distributed.all_gather(hashes)):
-                raise UserError("the processes read different --problems or --rewards files")
-        self.metrics = {
-            "config": settings,
-            "environment": environment,
-            "reward_weights": state.rewards.weights,
-            "status": "running",
-            "stop_reason": None,
-            "seconds": 0.0,
-            "iterations": [],
-            "evaluations": [],
-        }
-        self.resume()
-        self.metrics["environment"] = environment
-        self.metrics["config"] = settings | {"resume": False}
+        config, task and learner are those of train_grpo.py.
+        """
+        self.config, self.task, self.learner = config, task, learner
+        self.output, self.writes = Path(config.output_dir), distributed.rank() == 0
+        self.signal, self.ending = 0, None
+        self.metrics = self.new_metrics()
+        with ExitStack() as stack:
+            stack.enter_context(distributed.rank_zero_only(files.locked_folder(self.output)))
+            self.received = stack.enter_context(received_signals())
+            self.resume()
+            self.resources = stack.pop_all()
         self.last_saved, self.last_checkpoint = 0, self.iteration
         self.written = time.monotonic()
         self.started = self.written - self.metrics["seconds"]
-        print(" ".join(f"{name}={value!r}" for name, value in settings.items()))
-        parameters, dtype = model.num_parameters(), state.policy.compute_dtype
-        print(f"{parameters:,} parameters on {model.device}, computing in {dtype}")
+        print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
+        model, dtype = learner.policy.model, learner.policy.compute_dtype
+        print(f"{model.num_parameters():,} parameters on {model.device}, computing in {dtype}")
+        self.check_ending()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self.resources.__exit__(*error)
+
+    def new_metrics(self) -> dict:
+        """Metrics without iterations. Raises UserError where the processes of a run differ."""
+        policy, task = self.learner.policy, self.task
+        environment = {
+            **describe_environment(policy.model.device),
+            "policy": policy.name,
+            "compute_dtype": str(policy.compute_dtype),
+            "base_model_crc32": fingerprint(policy.model),
+            "model_source": read_source(self.config.model_name),
+            "problems_sha256": self.config.problems and task.problems.sha256,
+            "rewards_sha256": task.rewards.sha256,
+        }
+        mine = [environment[n] for n in ("policy", "problems_sha256", "rewards_sha256")]
+        with distributed.sync_errors():
+            if any(other != mine for other in distributed.all_gather(mine)):
+                raise UserError(
+                    "the processes chose different policies (name one with --policy), or read"
+                    " different --problems or --rewards files"
+                )
+        return {
+            "config": asdict(self.config),
+            "environment": environment,
+            "reward_weights": task.rewards.weights,
+            "status": "running",
+            "stop_reason": None,
+            "seconds": 0.0,
+            "best_iteration": 0,
+            "iterations": [],
+            "evaluations": [],
+        }
 
     def resume(self) -> None:
-        tensors, rest = {}, {}
+        """Go on from the newest checkpoint, if the run is to be resumed and there is one."""
+        tensors, state, current = {}, {}, self.metrics
         with distributed.sync_errors():
             if self.writes:
-                tensors, rest = checkpoint_to_resume(self.metrics) or ({}, {})
+                defaults = asdict(type(self.config)())
+                tensors, state = checkpoint_to_resume(current, defaults)
         tensors = distributed.broadcast_checkpoint(tensors)
-        rest = distributed.all_gather(rest)[0]
-        if rest:
+        state = distributed.all_gather(state)[0]
+        if state:
             with distributed.sync_errors():
-                restore(self.state, self.metrics, tensors, rest)
+                checkpoint.restore(self.learner, tensors, state)
+            self.metrics = state["metrics"] | {n: current[n] for n in ("config", "environment")}
             if self.writes:
-                cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
+                files.cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
             print(f"resuming after iteration {self.iteration}")
+        self.metrics["config"]["resume"] = False
 
     @property
     def iteration(self) -> int:
+        """How many iterations are done."""
         return len(self.metrics["iterations"])
 
-    @contextmanager
-    def progress_bar(self) -> Iterator[None]:
-        total, quiet = self.metrics["config"]["num_iterations"], not self.writes
-        with tqdm(total=total, initial=self.iteration, dynamic_ncols=True, disable=quiet) as bar:
-            self.bar = bar
-            yield
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of iterations done, while the run goes on."""
+        self.save()  # a kill may have come between a checkpoint and the best policy
+        total = self.config.num_iterations
+        progress = {"total": total, "initial": self.iteration, "disable": not self.writes}
+        with tqdm(**progress, dynamic_ncols=True) as bar:
+            while not self.ending:
+                yield self.iteration
+                recent = self.metrics["iterations"][-25:]
+                means = {n: fmean(m[n] for m in recent) for n in ("reward", "accuracy", "kl")}
+                bar.set_postfix({n: f"{mean:.3f}" for n, mean in means.items()}, refresh=False)
+                bar.update()
+        if self.iteration and self.ending[0] != "failed":
+            self.checkpoint()  # before the last evaluations, which a longer run would not have made
 
-    def validation_due(self) -> bool:
-        """Whether validation is due now and has not been done."""
-        every = self.metrics["config"]["eval_every"]
-        return bool(every) and self.iteration % every == 0 and not self.evaluated("validation")
+    def check_ending(self) -> None:
+        """Find out, together with the other processes, whether the run ends here."""
+        self.signal = max(distributed.all_gather((self.received or [0])[0]))
+        interrupted = ("interrupted", signal.Signals(self.signal).name) if self.signal else None
+        self.ending = self.ending or interrupted or metrics.reason_to_stop(self.metrics)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended of itself and in good health."""
+        return bool(self.ending) and self.ending[0] == "finished"
 
     def evaluated(self, split: str) -> bool:
         """Whether this split has been evaluated after the current iteration."""
         done = [e["iteration"] for e in self.metrics["evaluations"] if e["split"] == split]
         return bool(done) and done[-1] >= self.iteration
 
-    def log_evaluation(self, iteration: int, split: str, results: dict) -> None:
+    def due(self, split: str) -> bool:
+        """Whether to evaluate on this split now: before training, and validation every so often."""
+        if self.signal or self.evaluated(split):
+            return False
+        every = self.config.eval_every if split == "validation" else 0
+        return self.iteration == 0 or (every > 0 and self.iteration % every == 0)
+
+    def log_evaluation(self, split: str, iteration: int, results: dict) -> None:
         """Record the results of an evaluation and print them."""
         self.metrics["evaluations"].append({"iteration": iteration, "split": split, **results})
-        self.metrics["best_iteration"] = best_iteration(self.metrics)
+        self.metrics["best_iteration"] = metrics.best_iteration(self.metrics)
         example = results["example"]
         verdict = "right" if example["exact"] else "wrong"
         tqdm.write(
-            f"iteration {iteration:>5}, {split}: {describe(results['accuracies'])}; "
+            f"iteration {iteration:>5}, {split}: {metrics.describe(results['accuracies'])}; "
             f"{example['question']} {example['completion']!r} ({verdict})"
         )
+        self.check_ending()
 
-    def log_iteration(self, metrics: dict) -> None:
-        """Record an iteration; warn and checkpoint as its metrics ask for."""
-        history = self.metrics["iterations"]
-        history.append(metrics)
-        recent = {n: fmean(m[n] for m in history[-25:]) for n in ("reward", "accuracy", "kl")}
-        self.bar.set_postfix({n: f"{value:.3f}" for n, value in recent.items()}, refresh=False)
-        self.bar.update()
-        skipped, updates = metrics["skipped_updates"], self.metrics["config"]["num_inner_updates"]
+    def log_iteration(self, iteration: dict, group: dict) -> None:
+        """Record an iteration and, every so often, its first group; warn as the metrics ask for."""
+        history, config = self.metrics["iterations"], self.config
+        history.append(iteration)
+        skipped = iteration["skipped_updates"]
         if skipped:
             tqdm.write(
-                f"iteration {self.iteration}: skipped {skipped:.0f} of {updates} updates: loss or"
-                " gradient not finite"
+                f"iteration {self.iteration}: skipped {skipped:.0f} of {config.num_inner_updates}"
+                " updates: loss or gradient not finite"
             )
-        if lacks_signal(history) and "no_signal" not in self.metrics:
+        if metrics.lacks_signal(history) and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
-            tqdm.write(no_signal_text(history, self.metrics["evaluations"][-1]["example"]))
-        self.log_completions()
-        every = self.metrics["config"]["checkpoint_every"]
-        late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
-        due = self.iteration - self.last_checkpoint >= (every or 25) and (every or late)
-        # The first iteration's shows at once whether the disk has room. None in trouble.
-        if (due or self.iteration == 1) and not skipped:
-            self.checkpoint()
-        elif self.iteration % 25 == 0:
-            self.write_metrics()
-
-    def log_completions(self) -> None:
-        every = self.metrics["config"]["log_completions_every"]
-        file = self.output / COMPLETIONS_FILE
+            example = self.metrics["evaluations"][-1]["example"]
+            tqdm.write(metrics.no_signal_text(history, example))
+        file, every = self.output / COMPLETIONS_FILE, config.log_completions_every
         if self.writes and self.iteration == 1:
             file.unlink(missing_ok=True)  # of an earlier run
         if self.writes and every and self.iteration % every == 0:
-            append_line(file, {"iteration": self.iteration, **self.state.last_group})
+            files.append_line(file, {"iteration": self.iteration, **group})
+        self.check_ending()
 
-    def reason_to_stop(self) -> tuple[str, str] | None:
-        return reason_to_stop(self.metrics)
+    def save(self) -> None:
+        """Write a checkpoint if one is due, and the policy if it is the best so far."""
+        if not self.iteration:
+            return
+        best = self.metrics["best_iteration"] == self.iteration != self.last_saved
+        every = self.config.checkpoint_every
+        late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
+        due = self.iteration - self.last_checkpoint >= (every or 25) and (every or late)
+        healthy = not self.metrics["iterations"][-1]["skipped_updates"]
+        # The first iteration's shows early whether the disk has room.
+        if best or (healthy and (due or self.iteration == 1)):
+            self.checkpoint()
+        elif self.iteration % 25 == 0:
+            self.write_metrics()
+        if best:  # after the checkpoint: if killed in between, a resumed run saves this policy
+            self.save_policy(self.learner.policy)
+            self.last_saved = self.iteration
+
+    def checkpoint(self) -> None:
+        self.metrics["seconds"] = time.monotonic() - self.started
+        generators = torch.cat(distributed.all_gather(self.learner.token_rng.get_state()))
+        if self.writes:
+            checkpoint.save_checkpoint(self.learner, self.metrics, generators, self.output)
+        self.write_metrics()
+        self.last_checkpoint, self.written = self.iteration, time.monotonic()
 
     def write_metrics(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started
         if self.writes:
-            write_json(self.output / METRICS_FILE, self.metrics)
-
-    def checkpoint(self) -> None:
-        self.metrics["seconds"] = time.monotonic() - self.started
-        generators = torch.cat(distributed.all_gather(self.state.token_rng.get_state()))
-        if self.writes:
-            save_checkpoint(self.state, self.metrics, generators, self.output)
-        self.write_metrics()
-        self.last_checkpoint, self.written = self.iteration, time.monotonic()
-
-    def save_best(self) -> None:
-        """Save the policy if it is the best so far."""
-        if self.iteration and self.metrics["best_iteration"] == self.iteration != self.last_saved:
-            self.checkpoint()  # first: if killed in between, a resumed run saves this model
-            self.save_policy(self.state.policy)
-            self.last_saved = self.iteration
+            files.write_json(self.output / METRICS_FILE, self.metrics)
 
     def save_policy(self, policy: Policy) -> None:
         if self.writes:
-            state = self.state
-            save_model(policy.model, state.tokenizer, state.prompt, self.output, self.metrics)
+            tokenizer, prompt = self.task.tokenizer, self.task.prompt
+            save_model(policy.model, tokenizer, prompt, self.output, self.metrics)
 
-    def best_policy(self) -> Policy:
+    def load_best(self) -> Policy:
         """The best policy by validation: the last one, the base model, or the one saved."""
-        policy, best = self.state.policy, self.metrics["best_iteration"]
+        policy, best = self.learner.policy, self.metrics["best_iteration"]
         if best == self.iteration:
             return policy
         if self.writes:
-            base = self.metrics["config"]["model_name"]
-            model, _ = load_model(
-                str(self.output / "saved_model") if best else base, policy.model.device
-            )
+            source = str(self.output / "saved_model") if best else self.config.model_name
+            model, _ = load_model(source, policy.model.device)
             policy = type(policy)(model, policy.compute_dtype)
         distributed.broadcast_tensors(policy.parameters())
         return policy
 
-    def finish(self, ending: tuple[str, str], best: Policy) -> None:
-        """Write the files of a run that has ended with this (status, reason)."""
-        self.metrics |= {"status": ending[0], "stop_reason": ending[1]}
-        self.metrics |= peak_memory(best.model.device)
-        self.save_policy(best)
-        self.write_metrics()
+    def finish(self, best: Policy, draw: Callable[[Path], None]) -> int:
+        """Save the best policy, call draw(output) for plots, print the summary; the exit code.
+
+        A run that ended before its first iteration leaves the files of an earlier run alone.
+        """
+        status, reason = self.ending
+        if self.iteration:
+            self.metrics |= {"status": status, "stop_reason": reason}
+            self.metrics |= peak_memory(best.model.device)
+            self.save_policy(best)
+            self.write_metrics()
+            if self.writes:
+                draw(self.output)
+                print(metrics.summary(self.metrics, self.output))
+        return {"finished": 0, "failed": 1}.get(status, 128 + self.signal)

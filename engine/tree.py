@@ -5,15 +5,16 @@ one sequence that the model reads in one ordinary call: a token's position is it
 and a 4-dimensional attention mask lets it see its ancestors and itself.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.cli import UserError
-from engine.policy import Policy, Rollout, sample_tokens, token_logprobs
+from engine.files import UserError
+from engine.policy import Policy, Rollout, token_logprobs
 
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
@@ -74,11 +75,20 @@ class RolloutTree(PrefixTree):
         parents = parents.where(rollout.mask.cpu() > 0, parents[:, :1])
         self.keep, self.parents = parents.flatten().unique(return_inverse=True)
 
-    def reverse(self) -> None:
-        """Number the nodes backwards, which changes nothing for a model that follows the mask."""
-        self.visible = self.visible.flip(0, 1)
-        self.ids, self.depth = self.ids.flip(0), self.depth.flip(0)
-        self.keep = len(self) - 1 - self.keep
+    def reversed(self) -> "RolloutTree":
+        """Nodes numbered backwards, which changes nothing for a model that follows the mask."""
+        tree = copy.copy(self)
+        tree.visible = self.visible.flip(0, 1)
+        tree.ids, tree.depth = self.ids.flip(0), self.depth.flip(0)
+        tree.keep = len(self) - 1 - self.keep
+        return tree
+
+
+@dataclass(frozen=True)
+class TreeRollout(Rollout):
+    """A rollout with its tree, built once for all passes over it."""
+
+    tree: RolloutTree
 
 
 @dataclass
@@ -107,14 +117,16 @@ class TreePolicy(Policy):
         """As in `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
         return self.model.device.type == "cpu"
 
-    def fits(self, rollout: Rollout) -> bool:
+    def prepare(self, rollout: Rollout) -> TreeRollout:
+        return TreeRollout(**vars(rollout), tree=RolloutTree(rollout))
+
+    def fits(self, rollout: TreeRollout) -> bool:
         """Whether the tree of these completions has at most max_nodes nodes."""
-        rollout.tree = RolloutTree(rollout)
         return len(rollout.tree) <= self.max_nodes
 
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
-        tree = rollout.tree = rollout.tree or RolloutTree(rollout)
+        tree = rollout.tree if isinstance(rollout, TreeRollout) else RolloutTree(rollout)
         if len(tree) > self.max_share * (rollout.prompt_mask.sum() + rollout.mask.sum()):
             return super().forward(rollout)  # little is shared
         device = rollout.mask.device
@@ -165,7 +177,7 @@ class TreePolicy(Policy):
     def append(
         self, cache: TreeCache, ids: Tensor, depth: Tensor, visible: Tensor, keep: Tensor
     ) -> Tensor:
-        """Read nodes (M,) behind those in the cache. Returns the logits of `keep` among them."""
+        """Forward M new nodes after the cached ones. Returns the logits of `keep` among them."""
         cache.depth = torch.cat([cache.depth, depth])
         logits, _ = self.call_model(
             cache.weights,
@@ -238,7 +250,6 @@ def choose_policy(
     raise UserError(f"a model of type {model_type} cannot be trained: {'; '.join(problems)}")
 
 
-@torch.no_grad()
 def find_mismatch(
     policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
 ) -> str | None:
@@ -247,30 +258,28 @@ def find_mismatch(
     Samples have full length, so that a window shorter than that makes a difference. The first, the
     middle and the last one are also scored by an unpadded forward pass each.
     """
+    no_eos, generator = prompt_ids.new_zeros(0), torch.Generator().manual_seed(0)
     try:
-        generator = torch.Generator().manual_seed(0)
-        unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-        logits, rows, cache = policy.prefill(prompt_ids, prompt_mask)
-        steps = []
-        for _ in range(new_tokens):
-            steps.append(sample_tokens(logits, rows, 1.0, generator))
-            logits, rows = policy.decode(cache, steps[-1][0], unfinished)
-        ids, sampled = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-        mask = torch.ones_like(sampled)
-        rollout = Rollout(prompt_ids, prompt_mask, ids, mask, sampled, unfinished, [""] * len(ids))
-        micro_batches = rollout.micro_batches(0, policy.fits)
-        scored = torch.cat([policy(chunk) for chunk in micro_batches])
-        gaps = [(scored - sampled).abs().max()]
-        if micro_batches[0].tree:  # a model that masks by column, not by the given mask, fails here
-            micro_batches[0].tree.reverse()
-            reversed_scores = policy(micro_batches[0])
-            gaps.append((reversed_scores - scored[: len(reversed_scores)]).abs().max())
-        for i in {0, len(ids) // 2, len(ids) - 1}:
-            whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
-            logits = policy.model(input_ids=whole).logits[0, -1 - new_tokens : -1]
-            rows = torch.arange(new_tokens, device=ids.device)
-            gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
-        gap = torch.stack(gaps).max().item()
+        with torch.no_grad():
+            ids, mask, sampled, truncated = policy.sample(
+                prompt_ids, prompt_mask, new_tokens, no_eos, generator
+            )
+            texts = [""] * len(ids)
+            rollout = Rollout(prompt_ids, prompt_mask, ids, mask.float(), sampled, truncated, texts)
+            micro_batches = policy.micro_batches(rollout)
+            scored = torch.cat([policy(chunk) for chunk in micro_batches])
+            gaps = [(scored - sampled).abs().max()]
+            first = micro_batches[0]
+            if isinstance(first, TreeRollout):
+                # A model that masks by column instead of by the given mask fails here.
+                backwards = policy(replace(first, tree=first.tree.reversed()))
+                gaps.append((backwards - scored[: len(first)]).abs().max())
+            for i in {0, len(ids) // 2, len(ids) - 1}:
+                whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
+                logits = policy.model(input_ids=whole).logits[0, -1 - new_tokens : -1]
+                rows = torch.arange(new_tokens, device=ids.device)
+                gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
+            gap = torch.stack(gaps).max().item()
     except Exception as error:  # third-party code: any failure rules this policy out
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"fails ({reason})"

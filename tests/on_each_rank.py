@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,15 +13,15 @@ import torch
 from conftest import TINY
 from processes import arguments
 from safetensors.torch import save_file
-from short_runs import make_state, short_config
+from short_runs import make_learner, make_task, short_config
 
 import plot_metrics
 import train_grpo
 from engine import distributed
 from engine.models import load_model
-from engine.policy import Rollout, frozen_copy
+from engine.policy import Rollout
 from engine.tree import TreePolicy
-from train_grpo import Problem, train_iteration
+from train_grpo import Arithmetic, train_iteration
 
 SETTINGS = {
     "whole batch": {},
@@ -40,7 +41,7 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest, **options) 
     texts = []
     for i, chat in enumerate(tokenizer.batch_decode(prompts[0])):
         a, op1, b, op2, c = re.search(r"\((-?\d+) (.) (-?\d+)\) (.) (-?\d+)", chat).groups()
-        problem = Problem(int(a), op1, int(b), op2, int(c))
+        problem = Arithmetic(0, 10).problem(int(a), op1, int(b), op2, int(c))
         rng = random.Random(f"{problem.question} {i % group}")
         texts.append(f"<answer>{problem.answer + rng.choice((0, 0, 1, 20))}</answer>")
         if i % group == 0:
@@ -53,8 +54,7 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest, **options) 
     mask = torch.tensor([[float(i <= len(row)) for i in range(width)] for row in rows])
     batch = Rollout(*prompts, ids, mask, torch.zeros_like(mask), mask[:, 0] < 0, texts)
     with torch.no_grad():
-        batch.sampled_logprobs = policy(batch)
-    return batch
+        return replace(batch, sampled_logprobs=policy(batch))
 
 
 def three_iterations(**settings) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -68,19 +68,18 @@ def three_iterations(**settings) -> tuple[list[dict], dict[str, torch.Tensor]]:
             model.model.norm.weight.mul_(1.5)
     policy = TreePolicy(model)
     config = short_config("", batch_size=4, learning_rate=1e-5, **settings)
-    state = make_state(policy, tokenizer, config)
-    state.learner = distributed.wrap_ddp(policy)
-    state.reference = frozen_copy(policy)  # after wrap_ddp, which makes all weights those of rank 0
-    tensors = {}
+    trained = distributed.wrap_ddp(policy)  # first: it makes all weights those of rank 0
+    learner = replace(make_learner(policy, config), trained=trained)
+    task, tensors = make_task(tokenizer, config), {}
 
     def keep(optimizer, inputs, options) -> None:
         number = len(tensors)
         for name, parameter in model.named_parameters():
             tensors[f"{number}.gradient.{name}"] = parameter.grad.clone()
 
-    state.optimizer.register_step_pre_hook(keep)
+    learner.optimizer.register_step_pre_hook(keep)
     with patch.object(train_grpo, "rollout", given_completions):
-        done = [train_iteration(state, config) for _ in range(3)]
+        done = [train_iteration(task, learner, config)[0] for _ in range(3)]
     tensors |= {f"weight.{name}": p.detach().clone() for name, p in model.named_parameters()}
     done = [{**m, "completions": n} for m, n in zip(done, asked[-3:], strict=True)]
     return done, tensors

@@ -14,7 +14,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import plot_metrics
-from engine.checkpoint import CHECKPOINTS, METRICS_FILE, checkpoints_in
+from engine.checkpoint import CHECKPOINTS, checkpoints_in
+from engine.files import METRICS_FILE
 from train_grpo import main
 
 # Small, with a learning rate that moves the weights.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import plot_metrics
 import train_grpo
-from engine.checkpoint import StopRequest, read_json
+from engine.files import read_json
 from engine.policy import Policy, frozen_copy
-from train_grpo import Config, TrainState, load_task
+from train_grpo import Config, Learner, Task, load_task
 
 
 def short_config(folder: Path, **settings) -> Config:
@@ -30,11 +30,15 @@ def short_config(folder: Path, **settings) -> Config:
     return Config(**{**place, **few, **settings})
 
 
-def make_state(policy: Policy, tokenizer, config: Config) -> TrainState:
+def make_task(tokenizer, config: Config) -> Task:
+    return Task(tokenizer, *load_task(config))
+
+
+def make_learner(policy: Policy, config: Config) -> Learner:
     """As `set_up` makes it, of a policy that is there already. Seeded with 0."""
     adamw = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
-    parts = policy, frozen_copy(policy), tokenizer, *load_task(config)
-    return TrainState(*parts, adamw, random.Random(0), torch.Generator().manual_seed(0))
+    rngs = random.Random(0), torch.Generator().manual_seed(0)
+    return Learner(policy, policy, frozen_copy(policy), adamw, *rngs)
 
 
 def short_training(folder: Path, **settings) -> tuple[dict, dict[str, Tensor]]:
@@ -42,19 +46,16 @@ def short_training(folder: Path, **settings) -> tuple[dict, dict[str, Tensor]]:
 
     Not those of saved_model/, which are the best policy's; that may be the one it started from.
     """
-    real, states = train_grpo.train_iteration, []
+    real, learners = train_grpo.train_iteration, []
 
-    def spy(state, config):
-        states.append(state)
-        return real(state, config)
+    def spy(task, learner, config):
+        learners.append(learner)
+        return real(task, learner, config)
 
-    with (
-        patch.object(train_grpo, "train_iteration", spy),
-        patch.object(plot_metrics, "draw_run"),
-        StopRequest() as stop,
-    ):
-        assert train_grpo.train(short_config(folder, **settings), stop) == 0
-    weights = states[-1].policy.model.state_dict()
+    patched = patch.object(train_grpo, "train_iteration", spy)
+    with patched, patch.object(plot_metrics, "draw"):
+        assert train_grpo.train(short_config(folder, **settings)) == 0
+    weights = learners[-1].policy.model.state_dict()
     return read_json(folder / "grpo_metrics.json"), {n: w.clone() for n, w in weights.items()}
 
 

@@ -4,12 +4,14 @@ Weights are larger than a fresh model's, so that attention is sharp and its mist
 """
 
 import copy
+import random
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from engine.policy import Policy, Rollout
+from train_grpo import Config, Learner, update_policy
 
 VOCABULARY = 64
 WINDOW = 5  # of sliding attention: shorter than any sequence the tests use
@@ -232,3 +234,12 @@ class Recorder:
 
     def zero_grad(self) -> None:
         self.policy.zero_grad()
+
+
+def update(
+    policy: Policy, reference: Policy, optimizer, batch: Rollout, advantages: Tensor, config: Config
+) -> dict[str, float]:
+    """`update_policy` with a learner of these parts."""
+    rngs = random.Random(0), torch.Generator()
+    learner = Learner(policy, policy, reference, optimizer, *rngs)
+    return update_policy(learner, batch, advantages, config)

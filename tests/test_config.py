@@ -13,9 +13,9 @@ import inference
 import plot_metrics
 import train_grpo
 from engine import distributed
-from engine.cli import UserError, exit_code
-from engine.models import choose_dtype
-from train_grpo import EXAMPLES, PRESETS, Config, parse_config
+from engine.files import UserError, exit_code
+from engine.machine import choose_dtype
+from train_grpo import PRESETS, Arithmetic, Config, load_task, parse_config
 
 RECIPE = {
     "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -73,9 +73,10 @@ def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch, capability, dtype
 
 
 def test_worked_examples_are_training_problems():
-    most = Config.__dataclass_fields__["num_examples"].metadata["metavar"].high
-    assert [problem.split for problem in EXAMPLES] == ["train"] * most
-    assert len(set(EXAMPLES)) == most
+    most = Config.__dataclass_fields__["num_examples"].metadata["limits"][1]
+    examples = Arithmetic(0, 10).examples(most)
+    assert [problem.split for problem in examples] == ["train"] * most
+    assert len(set(examples)) == most
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_worked_examples_are_training_problems():
 def test_a_bad_setting_is_named_at_once(flags, complaint):
     started = time.monotonic()
     with pytest.raises(UserError) as error:
-        parse_config(["--preset", "tiny", *flags])
+        load_task(parse_config(["--preset", "tiny", *flags]))
     assert complaint in str(error.value)
     assert time.monotonic() - started < 2
 

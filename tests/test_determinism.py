@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, run_script
 from short_runs import saved_weights, short_config, short_training
 
-from engine.checkpoint import read_json
+from engine.files import read_json
 from train_grpo import set_up
 
 MEASURED_ANEW = ("seconds", "peak_memory_mib", "peak_cuda_memory_mib", "command", "output_dir")
@@ -53,7 +53,7 @@ def test_another_seed_gives_another_run(tmp_path):
     )
     assert without_times(first["iterations"]) != without_times(second["iterations"])
     assert any(not torch.equal(weight, others[name]) for name, weight in weights.items())
-    rngs = [set_up(short_config(tmp_path, seed=seed)).token_rng for seed in range(2)]
+    rngs = [set_up(short_config(tmp_path, seed=seed))[1].token_rng for seed in range(2)]
     assert [rng.initial_seed() for rng in rngs] == [0, 1]
 
 

@@ -24,8 +24,8 @@ from processes import (
 from safetensors.torch import load_file
 
 from engine import distributed
-from engine.checkpoint import METRICS_FILE, load_checkpoint
-from engine.cli import UserError
+from engine.checkpoint import load_checkpoint
+from engine.files import METRICS_FILE, UserError
 
 ENDLESS = ("--num_iterations", 100000)
 

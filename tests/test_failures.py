@@ -10,7 +10,7 @@ from processes import arguments, finish, newest, read_metrics
 
 import train_grpo
 from engine.checkpoint import load_checkpoint
-from engine.cli import UserError
+from engine.files import UserError
 
 NEVER = ("--eval_every", 0)
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from conftest import ROOT, TINY
 from processes import (
     arguments,
     assert_same_run,
@@ -17,8 +18,8 @@ from processes import (
     wait_until,
 )
 
-from engine.checkpoint import CHECKPOINTS, METRICS_FILE, checkpoints_in, load_checkpoint, sha256
-from engine.cli import UserError
+from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint
+from engine.files import METRICS_FILE, UserError, sha256
 from train_grpo import main
 
 LENGTH = ("--num_iterations", 8)
@@ -188,13 +189,23 @@ def test_a_falling_rate_fixes_the_number_of_iterations(unfinished):
         resume("--lr_schedule", "linear", "--num_iterations", 9)
 
 
-@pytest.mark.parametrize("part", ["metrics", "problem_rng", "config"])
-def test_resume_refuses_a_foreign_checkpoint(unfinished, part):
-    _, rest = load_checkpoint(unfinished)
-    if part == "config":
-        rest["metrics"]["config"] = ["exec"]
-    else:
-        rest[part] = {"__reduce__": "os.system"}
-    rewrite(unfinished / CHECKPOINTS / "8", rest)
-    with pytest.raises(UserError, match="--resume"):
-        resume()
+def test_a_run_of_older_code_is_resumed(tmp_path, monkeypatch):
+    """A setting that its checkpoint does not know counts as that setting's default."""
+    old = ROOT / "tests" / "old_run"
+    for part in ("run", "model"):
+        shutil.copytree(old / part, tmp_path / part)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path / "model")
+    shutil.copy(old / "judge.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _, state = load_checkpoint(tmp_path / "run")
+    del state["metrics"]["config"]["lr_schedule"]
+    rewrite(tmp_path / "run" / CHECKPOINTS / "4", state)
+    flags = ("--model_name", "model", "--rewards", "judge.py", "--output_dir", "run")
+    flags += ("--eval_problems", 4, "--eval_every", 0, "--learning_rate", "1e-3", "--resume")
+    assert "resuming after iteration 4" in finish(tmp_path, *flags, "--num_iterations", 6)
+    expected = json.loads((old / "expected.json").read_text())
+    iterations = read_metrics(tmp_path / "run")["iterations"][4:]
+    for found, recorded in zip(iterations, expected, strict=True):
+        del found["seconds"]
+        assert found == pytest.approx(recorded, rel=1e-3, abs=1e-5)

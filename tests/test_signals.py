@@ -7,8 +7,8 @@ from processes import arguments, finish, newest, printed, read_metrics, start, w
 from transformers import AutoModelForCausalLM
 
 import train_grpo
-from engine.checkpoint import METRICS_FILE, load_checkpoint, run_folder
-from engine.cli import UserError
+from engine.checkpoint import load_checkpoint
+from engine.files import METRICS_FILE, UserError, locked_folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -45,5 +45,5 @@ def test_a_second_ctrl_c_kills_and_leaves_valid_files(tmp_path):
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
-    with run_folder(tmp_path), pytest.raises(UserError, match=f"another run.*{tmp_path}"):
+    with locked_folder(tmp_path), pytest.raises(UserError, match=f"another run.*{tmp_path}"):
         train_grpo.main(arguments("--num_iterations", 1, "--output_dir", tmp_path))

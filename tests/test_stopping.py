@@ -8,14 +8,14 @@ import torch
 from conftest import TINY
 from processes import finish, newest, read_metrics
 from safetensors.torch import load_file
-from short_runs import make_state
+from short_runs import make_task
 from transformers import AutoModelForCausalLM
 
 import train_grpo
-from engine import run
+from engine import metrics as engine_metrics
+from engine.metrics import best_iteration, evaluations_without_gain, lacks_signal, reason_to_stop
 from engine.models import load_model
 from engine.policy import Policy
-from engine.run import best_iteration, evaluations_without_gain, lacks_signal, reason_to_stop
 from train_grpo import Config, evaluate
 
 NEVER = ("--eval_every", 0, "--checkpoint_every", 0)
@@ -39,7 +39,7 @@ def evaluated(*accuracies: float) -> dict:
 def test_the_best_iteration_is_the_latest_of_equals():
     assert best_iteration(evaluated(0.3, 0.5, 0.4)) == 10
     assert best_iteration(evaluated(0.3, 0.5, 0.5)) == 20
-    assert best_iteration(evaluated()) == -1
+    assert best_iteration(evaluated()) == 0
 
 
 def test_patience_counts_since_a_gain_beyond_the_interval():
@@ -78,7 +78,7 @@ def test_a_run_that_learns_nothing_stops_after_patience(tmp_path):
 
 
 def test_a_run_that_strays_stops_at_max_kl(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "WINDOW", 3)
+    monkeypatch.setattr(engine_metrics, "WINDOW", 3)
     flags = ("--num_iterations", 100, "--max_kl", 0.05, "--learning_rate", "3e-3")
     finish(tmp_path, *flags, *NEVER)
     metrics = read_metrics(tmp_path)
@@ -89,10 +89,10 @@ def test_an_over_trained_run_keeps_its_best_policy(tmp_path, monkeypatch):
     """It learns for 8 iterations, then a huge learning rate ruins it."""
     real, done = train_grpo.train_iteration, []
 
-    def iteration(state, config):
+    def iteration(task, learner, config):
         if len(done) >= 8:
-            state.optimizer.param_groups[0]["lr"] = 0.1
-        done.append(real(state, config))
+            learner.optimizer.param_groups[0]["lr"] = 0.1
+        done.append(real(task, learner, config))
         return done[-1]
 
     monkeypatch.setattr(train_grpo, "train_iteration", iteration)
@@ -109,9 +109,8 @@ def test_an_over_trained_run_keeps_its_best_policy(tmp_path, monkeypatch):
     assert metrics["evaluations"][-1]["split"] == "test"
     assert metrics["evaluations"][-1]["iteration"] == best
     saved, tokenizer = load_model(str(tmp_path / "saved_model"), torch.device("cpu"))
-    policy, config = Policy(saved), Config(**metrics["config"])
-    state = make_state(policy, tokenizer, config)
-    again = evaluate(state, policy, "validation", config, 1_000_003 + best)
+    task = make_task(tokenizer, Config(**metrics["config"]))
+    again = evaluate(Policy(saved), task, "validation", 64, 1_000_003 + best)
     assert again["accuracies"]["sampled"]["accuracy"] == pytest.approx(accuracy[best])
     assert f"iteration {best}," in (tmp_path / "saved_model" / "README.md").read_text()
     last = load_file(tmp_path / "checkpoints" / str(newest(tmp_path)) / "policy.safetensors")
@@ -125,7 +124,7 @@ def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tin
     blank = AutoModelForCausalLM.from_config(base.model.config)  # random weights: only noise
     blank.save_pretrained(tmp_path / "blank")
     tokenizer.save_pretrained(tmp_path / "blank")
-    monkeypatch.setattr(run, "WINDOW", 4)
+    monkeypatch.setattr(engine_metrics, "WINDOW", 4)
     flags = ("--model_name", tmp_path / "blank", "--num_iterations", 12, "--eval_every", 0)
     out = finish(tmp_path, *flags)
     assert out.count("nothing to learn from") == 1

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 import plot_metrics
 import train_grpo
-from engine.models import encode_prompts, load_model, read_prompt, write_model
+from engine.models import load_model, write_model
 from engine.policy import Policy
+from engine.prompt import encode_prompts, read_prompt
 from plot_metrics import PLOT_FILES
 from train_grpo import load_task, parse_config, rollout
 
@@ -142,8 +143,8 @@ def test_model_card_gives_base_recipe_and_accuracies(run, metrics):
 def test_saved_prompt_keeps_token_limit_and_off_task_questions(tmp_path):
     finish(tmp_path, "--num_iterations", 1, "--max_new_tokens", 9)
     prompt = read_prompt(str(tmp_path / "saved_model"))
-    assert prompt["max_new_tokens"] == 9
-    assert prompt["off_task"] == read_prompt(str(TINY))["off_task"]
+    assert prompt.max_new_tokens == 9
+    assert prompt.off_task == read_prompt(str(TINY)).off_task
 
 
 def test_trains_where_fcntl_and_resource_do_not_exist(tmp_path):

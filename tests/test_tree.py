@@ -6,7 +6,6 @@ import itertools
 import random
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +23,13 @@ from small_models import (
     sequences,
     small_model,
     unpadded_logprobs,
+    update,
 )
 
-from engine.cli import UserError
+from engine.files import UserError
 from engine.policy import Policy, Rollout
 from engine.tree import PrefixTree, RolloutTree, TreePolicy, choose_policy
-from train_grpo import Config, rollout, update_policy
+from train_grpo import Config, rollout
 
 BEGINNING = random_ids(4, seed=4)
 LONG = random_ids(9, seed=9)
@@ -178,7 +178,7 @@ def test_a_shared_node_owes_the_gradient_of_each_completion():
     for copies in (1, 7):
         batch = ragged_batch(PROMPTS[:1], [SHARED] * copies)
         found.append(torch.autograd.grad(policy(batch).sum(), list(policy.parameters())))
-        assert len(batch.tree) == len(PROMPTS[0] + SHARED) - 1
+        assert len(policy.prepare(batch).tree) == len(PROMPTS[0] + SHARED) - 1
     for once, seven_times in zip(*found, strict=True):
         torch.testing.assert_close(seven_times, 7 * once, rtol=1e-4, atol=1e-4)
 
@@ -245,10 +245,9 @@ def test_a_node_sees_its_ancestors_and_itself_alone():
 @pytest.mark.parametrize("max_nodes", [10, 17, 1000])
 def test_micro_batches_keep_all_completions_within_both_bounds(size, max_nodes):
     batch, policy = random_batch(), TreePolicy(small_model("llama"))
-    batch.advantages, policy.max_nodes = torch.arange(24.0), max_nodes
-    micro_batches = batch.micro_batches(size, policy.fits)
+    policy.max_nodes = max_nodes
+    micro_batches = policy.micro_batches(batch, size)
     assert sum(map(sequences, micro_batches), []) == sequences(batch)
-    assert torch.equal(torch.cat([some.advantages for some in micro_batches]), batch.advantages)
     for some in micro_batches:
         assert len(prefixes((p + c)[:-1] for p, c in sequences(some))) <= max_nodes
         assert len(some) <= (size or 24)
@@ -259,7 +258,9 @@ def test_micro_batches_keep_all_completions_within_both_bounds(size, max_nodes):
 
 def test_a_completion_over_the_bound_stands_alone():
     batch = ragged_batch(PROMPTS[:1], COMPLETIONS[:4])
-    assert [len(some) for some in batch.micro_batches(0, lambda some: False)] == [1] * 4
+    policy = TreePolicy(small_model("llama"))
+    policy.max_nodes = 1
+    assert [len(some) for some in policy.micro_batches(batch)] == [1] * 4
 
 
 @pytest.mark.parametrize(("size", "max_nodes"), [(0, 12), (5, 1000), (1, 1000)])
@@ -268,9 +269,9 @@ def test_gradients_are_the_same_in_every_cut(size, max_nodes):
     recorder, reference = Recorder(policy), nearby(policy)
     for cut_size, bound in ((0, 1000), (size, max_nodes)):
         batch, config = random_batch(), Config(num_inner_updates=1, micro_batch_size=cut_size)
-        batch.advantages = torch.randn(24, generator=seeded(0))
-        reference.max_nodes = bound
-        metrics = update_policy(policy, reference, recorder, batch, config)
+        advantages = torch.randn(24, generator=seeded(0))
+        policy.max_nodes = bound
+        metrics = update(policy, reference, recorder, batch, advantages, config)
         found.append((recorder.gradients, metrics))
     (whole, its_metrics), (cut, metrics) = found
     assert_same_gradients(cut, whole)
@@ -289,10 +290,9 @@ def test_long_prompts_are_read_in_chunks_with_the_same_result():
 
 def test_a_tree_is_built_once_for_all_passes(monkeypatch):
     policy, batch, built = TreePolicy(small_model("llama")), random_batch(), []
-    batch.advantages = torch.ones(24)
     real = RolloutTree.__init__
     monkeypatch.setattr(RolloutTree, "__init__", lambda s, r: built.append(1) or real(s, r))
-    update_policy(policy, copy.deepcopy(policy), Recorder(policy), batch, Config())
+    update(policy, copy.deepcopy(policy), Recorder(policy), batch, torch.ones(24), Config())
     assert len(built) == 1
 
 
@@ -302,13 +302,12 @@ def test_repeating_an_update_with_40000_lookups_gives_equal_bits():
     try:
         policy, weights = TreePolicy(small_model("llama")), []
         batch = ragged_batch(PROMPTS[:1], [random_ids(16, seed=n) for n in range(4)] * 640)
-        batch.advantages = torch.randn(2560, generator=seeded(0))
+        advantages, config = torch.randn(2560, generator=seeded(0)), Config(num_inner_updates=2)
         assert batch.mask.numel() > 40_000
         for _ in range(4):
             learner = copy.deepcopy(policy)
             optimizer = torch.optim.SGD(learner.parameters(), 1.0)
-            some = replace(batch, tree=None)
-            update_policy(learner, policy, optimizer, some, Config(num_inner_updates=2))
+            update(learner, policy, optimizer, batch, advantages, config)
             weights.append(torch.cat([p.flatten() for p in learner.parameters()]))
     finally:
         torch.set_num_threads(threads)
@@ -319,9 +318,9 @@ def test_repeating_an_update_with_40000_lookups_gives_equal_bits():
 MEASURE = """
 import resource
 import torch
-from small_models import Recorder, ragged_batch, random_ids, small_model
+from small_models import Recorder, ragged_batch, random_ids, small_model, update
 from engine.tree import TreePolicy
-from train_grpo import Config, update_policy
+from train_grpo import Config
 
 policy, peaks, read = TreePolicy(small_model("llama")), [], 0
 
@@ -333,8 +332,8 @@ def check(module, arguments, inputs):
 policy.model.register_forward_pre_hook(check, with_kwargs=True)
 for group, length in ((2, 8), (64, 256)):
     batch = ragged_batch([random_ids(40, 0)], [random_ids(length, n + 1) for n in range(group)])
-    batch.advantages = torch.ones(group)
-    update_policy(policy, policy, Recorder(policy), batch, Config(num_inner_updates=1))
+    config = Config(num_inner_updates=1)
+    update(policy, policy, Recorder(policy), batch, torch.ones(group), config)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 assert read > 2 * 64 * 255  # once by the reference, once by the update: all are distinct
 print(peaks[1] - peaks[0])

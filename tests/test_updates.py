@@ -2,12 +2,13 @@
 
 import copy
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 from conftest import TINY
-from short_runs import make_state, saved_weights, short_config, short_training
+from short_runs import make_learner, make_task, saved_weights, short_config, short_training
 from small_models import (
     Numbers,
     Recorder,
@@ -18,6 +19,7 @@ from small_models import (
     random_ids,
     small_model,
     unpadded_logprobs,
+    update,
 )
 
 import train_grpo
@@ -27,12 +29,12 @@ from engine.tree import TreePolicy
 from train_grpo import (
     Arithmetic,
     Config,
-    TrainState,
+    Learner,
+    Task,
     group_advantages,
     reward_function,
     rollout,
     train_iteration,
-    update_policy,
 )
 
 PROMPTS = [random_ids(length, seed=length) for length in (4, 9)]
@@ -49,9 +51,7 @@ def always_a_tree(monkeypatch):
 
 
 def make_batch() -> Rollout:
-    batch = ragged_batch(PROMPTS, COMPLETIONS)
-    batch.advantages = ADVANTAGES
-    return batch
+    return ragged_batch(PROMPTS, COMPLETIONS)
 
 
 def plain_logprobs(model) -> list[torch.Tensor]:
@@ -65,7 +65,7 @@ def test_first_inner_update_has_the_gradient_of_reinforce(kind):
     policy = kind(small_model("gemma2"))
     config = Config(num_inner_updates=1, beta=0, clip_grad_norm=1e9)
     recorder = Recorder(policy)
-    update_policy(policy, nearby(policy), recorder, make_batch(), config)
+    update(policy, nearby(policy), recorder, make_batch(), ADVANTAGES, config)
     # REINFORCE: the gradient of log pi, weighted by the advantage, averaged over tokens and rows.
     scores = plain_logprobs(policy.model)
     gain = torch.stack([a * s.mean() for a, s in zip(ADVANTAGES, scores, strict=True)]).mean()
@@ -78,14 +78,16 @@ def test_first_inner_update_has_the_gradient_of_reinforce(kind):
 def test_first_inner_update_clips_nothing_even_at_epsilon_zero(micro_batch_size):
     policy = Policy(small_model("llama"))
     config = Config(num_inner_updates=1, epsilon=0, micro_batch_size=micro_batch_size)
-    metrics = update_policy(policy, nearby(policy), Recorder(policy), make_batch(), config)
+    inputs = policy, nearby(policy), Recorder(policy), make_batch(), ADVANTAGES
+    metrics = update(*inputs, config)
     assert metrics["clip_fraction"] == 0
     assert metrics["kl"] > 0  # against a reference from which it has strayed
 
 
-def fresh_state(tiny, config: Config, kind=Policy, dtype=torch.float32) -> TrainState:
-    """As `set_up` makes it, of a copy of the bundled model."""
-    return make_state(kind(copy.deepcopy(tiny[0].model), dtype), tiny[1], config)
+def fresh(tiny, config: Config, kind=Policy, dtype=torch.float32) -> tuple[Task, Learner]:
+    """As `set_up` makes them, of a copy of the bundled model."""
+    policy = kind(copy.deepcopy(tiny[0].model), dtype)
+    return make_task(tiny[1], config), make_learner(policy, config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,8 +95,8 @@ def fresh_state(tiny, config: Config, kind=Policy, dtype=torch.float32) -> Train
 @BOTH
 def test_in_the_first_iteration_kl_is_exactly_zero(tiny, kind, dtype, micro_batch_size):
     config = short_config("", batch_size=4, micro_batch_size=micro_batch_size)
-    state = fresh_state(tiny, config, kind, dtype)
-    first, second = (train_iteration(state, config) for _ in range(2))
+    task, learner = fresh(tiny, config, kind, dtype)
+    first, second = (train_iteration(task, learner, config)[0] for _ in range(2))
     assert first["kl"] == first["kl_penalty"] == 0
     assert first["grad_norm"] > 0
     assert second["kl"] > 0 and second["kl_penalty"] > 0
@@ -146,7 +148,7 @@ def test_all_inner_updates_equal_a_plain_loop(kind, clip_grad_norm, micro_batch_
     )
     model, expected = plain_updates(policy, reference, config, rate)
     optimizer = torch.optim.SGD(policy.parameters(), rate)
-    metrics = update_policy(policy, reference, optimizer, make_batch(), config)
+    metrics = update(policy, reference, optimizer, make_batch(), ADVANTAGES, config)
     del metrics["logprob_mismatch"]  # this batch was never sampled
     assert metrics.pop("skipped_updates") == 0
     assert metrics == pytest.approx(expected, rel=1e-3)
@@ -162,14 +164,13 @@ def test_all_inner_updates_equal_a_plain_loop(kind, clip_grad_norm, micro_batch_
 def test_logprob_mismatch_shows_a_wrong_record_before_the_end(kind, masked, expected):
     policy, generator = kind(small_model("llama", eos_ids=list(range(2, 12)))), torch.Generator()
     batch = rollout(policy, Numbers(), left_padded(PROMPTS), 4, 6, generator.manual_seed(1))
-    batch.advantages = ADVANTAGES
     row, token = ((batch.mask == 0) == masked).nonzero()[-1].tolist()
     if masked:
         batch.completion_ids[row, token] += 1
     else:
         batch.sampled_logprobs[row, token] += 0.5
     config = Config(num_inner_updates=2, micro_batch_size=3)
-    metrics = update_policy(policy, policy, Recorder(policy), batch, config)
+    metrics = update(policy, policy, Recorder(policy), batch, ADVANTAGES, config)
     assert metrics["logprob_mismatch"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -188,7 +189,7 @@ def test_each_completion_is_scored_against_its_own_answer(tiny, monkeypatch):
 
     monkeypatch.setattr(train_grpo, "rollout", spy_rollout)
     monkeypatch.setattr(train_grpo, "reward_function", spy_reward)
-    train_iteration(fresh_state(tiny, config), config)
+    train_iteration(*fresh(tiny, config), config)
     problems = Arithmetic(0, 10).draw(3, random.Random(0))
     assert len({problem.answer for problem in problems}) == 3
     assert scored == [problem.answer for problem in problems for _ in range(4)]
@@ -198,15 +199,18 @@ def test_each_completion_is_scored_against_its_own_answer(tiny, monkeypatch):
 
 def test_batch_metrics_are_the_means_their_names_say():
     batch = ragged_batch(PROMPTS, COMPLETIONS[:4])  # of 5, 1, 3 and 6 tokens
-    batch.sampled_logprobs = -batch.mask * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    batch.truncated = torch.tensor([False, False, False, True])
-    batch.advantages = torch.tensor([0.0, 0.0, 0.7, 0.0])
+    batch = replace(
+        batch,
+        sampled_logprobs=-batch.mask * torch.tensor([[1.0], [2.0], [3.0], [4.0]]),
+        truncated=torch.tensor([False, False, False, True]),
+    )
+    advantages = torch.tensor([0.0, 0.0, 0.7, 0.0])
     rewards = torch.tensor([1.0, 1.0, 0.4, 0.0])
     parts = {
         "brief": torch.tensor([0.5, 1.0, 0.75, 0.0]),
         "exact": torch.tensor([1.0, 1.0, 0.9, 0.0]),
     }
-    assert batch_metrics(batch, rewards, parts, 2) == pytest.approx(
+    assert batch_metrics(batch, rewards, parts, advantages, 2) == pytest.approx(
         {
             "reward": (1.0 + 1.0 + 0.4) / 4,
             "reward_brief": (0.5 + 1.0 + 0.75) / 4,
@@ -223,9 +227,9 @@ def test_batch_metrics_are_the_means_their_names_say():
 def test_training_moves_the_policy_and_never_the_reference(monkeypatch, tmp_path):
     seen, real_iteration = [], train_grpo.train_iteration
 
-    def spy(state, config):
-        seen.append(state.reference)
-        return real_iteration(state, config)
+    def spy(task, learner, config):
+        seen.append(learner.reference)
+        return real_iteration(task, learner, config)
 
     monkeypatch.setattr(train_grpo, "train_iteration", spy)
     _, trained = short_training(tmp_path)
@@ -244,9 +248,11 @@ def test_training_moves_the_policy_and_never_the_reference(monkeypatch, tmp_path
 def test_the_rate_is_constant_or_falls_linearly(monkeypatch, tmp_path, schedule, expected):
     rates, real_iteration = [], train_grpo.train_iteration
 
-    def spy(state, config):
-        rates.append([group["lr"] / config.learning_rate for group in state.optimizer.param_groups])
-        return real_iteration(state, config)
+    def spy(task, learner, config):
+        rates.append(
+            [group["lr"] / config.learning_rate for group in learner.optimizer.param_groups]
+        )
+        return real_iteration(task, learner, config)
 
     monkeypatch.setattr(train_grpo, "train_iteration", spy)
     short_training(tmp_path, lr_schedule=schedule, num_iterations=4)
@@ -276,7 +282,7 @@ def test_tokens_weigh_the_same_in_any_micro_batch(kind, loss_type, micro_batch_s
         max_new_tokens=longest,
         micro_batch_size=micro_batch_size,
     )
-    metrics = update_policy(policy, reference, recorder, make_batch(), config)
+    metrics = update(policy, reference, recorder, make_batch(), ADVANTAGES, config)
     losses, scores, refs = [], plain_logprobs(policy.model), plain_logprobs(reference.model)
     for advantage, score, ref in zip(ADVANTAGES, scores, refs, strict=True):
         d = score - ref.detach()
@@ -295,7 +301,7 @@ def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
     found = []
     for reference in (policy, nearby(policy)):
         recorder = Recorder(policy)
-        metrics = update_policy(policy, reference, recorder, make_batch(), config)
+        metrics = update(policy, reference, recorder, make_batch(), ADVANTAGES, config)
         found.append((metrics, recorder.gradients))
     (at_home, expected), (strayed, gradients) = found
     assert at_home["kl"] == at_home["kl_penalty"] == 0
@@ -307,14 +313,14 @@ def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
 def test_advantages_are_scaled_as_the_setting_says(tiny, monkeypatch):
     found = {}
 
-    def spy(learner, reference, optimizer, batch, config):
-        found[config.scale_rewards] = batch.advantages
+    def spy(learner, batch, advantages, config):
+        found[config.scale_rewards] = advantages
         return {}
 
     monkeypatch.setattr(train_grpo, "update_policy", spy)
     for scale in ("group", "none"):
         config = short_config("", batch_size=4, scale_rewards=scale)
-        train_iteration(fresh_state(tiny, config), config)
+        train_iteration(*fresh(tiny, config), config)
     assert found["none"].abs().max() > 0
     # Advantages without scaling are rewards up to a constant per group.
     torch.testing.assert_close(found["group"], group_advantages(found["none"], 4))

@@ -1,0 +1,173 @@
+"""Whole files: whatever kills the process, each file and folder is complete or absent.
+
+New content is written to a temporary name, flushed to disk, and renamed into place. No torch here,
+so that a script that only reads JSON starts at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS_FILE, COMPLETIONS_FILE = "grpo_metrics.json", "grpo_completions.jsonl"
+
+
+class UserError(Exception):
+    """An error that the user can fix: one line on standard error, exit code 2, no traceback."""
+
+
+def usage_error(message: str):
+    """Takes the place of an argument parser's `error`. Raises UserError."""
+    raise UserError(f"{message} (--help lists every setting)")
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run `main`. A UserError is printed as one line and gives 2, Ctrl-C gives 130."""
+    try:
+        return main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only these
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically."""
+    tmp_file = path.with_name(path.name + ".tmp")
+    try:
+        tmp_file.write_bytes(content)
+        sync(tmp_file)
+        os.replace(tmp_file, path)
+    except OSError:
+        tmp_file.unlink(missing_ok=True)  # frees the space if the disk is full
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write an object as valid JSON, with a line for each item of its lists; NaN becomes null."""
+
+    def text(value) -> str:
+        lines = isinstance(value, list)
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if lines else json.dumps(value)
+
+    entries = [f"{json.dumps(key)}: {text(value)}" for key, value in finite(content).items()]
+    write_bytes(path, ("{\n" + ",\n".join(entries) + "\n}\n").encode())
+
+
+def append_line(path: Path, content: dict) -> None:
+    """Append a line of JSON and flush it to disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(content)) + "\n")
+    sync(path)
+
+
+def cut_lines(path: Path, iteration: int) -> None:
+    """Drop the lines of a JSONL file that a kill left after an iteration, whole or half."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
+        write_bytes(path, b"".join(kept))
+
+
+def finite(content: dict) -> dict:
+    """Replace non-finite floats by None and round floats to six significant digits."""
+    return json.loads(
+        json.dumps(content),
+        parse_float=lambda text: float(f"{float(text):.6g}"),
+        parse_constant=lambda name: None,
+    )
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises UserError if the file is missing or is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON (truncated?): {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_file(flag: str, name: str) -> tuple[Path, bytes]:
+    """The file called `name`, here or in this repository, and its content. Raises UserError."""
+    try:
+        path = Path(name) if Path(name).exists() else ROOT / name
+        if path.exists() and not path.is_file():  # a device could be read for ever
+            raise UserError(f"{flag} {name}: not a file")
+        return path, path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: not a name that a file can have
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{flag} {name}: {reason}") from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare_output_dir(path: Path) -> None:
+    """Create `path` and check that it is writable. Raises UserError."""
+    probe = path / ".write_test"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = f"cannot be written ({getattr(error, 'strerror', error)}); choose another folder"
+        raise UserError(f"--output_dir {path} {reason}") from error
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Lock `path` for one run. Raises UserError if it is taken, or if a write fails inside."""
+    prepare_output_dir(path)
+    lock = FileLock(path / ".lock")  # the operating system frees it if the run dies
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        text = f"another run is writing to {path.resolve()}; choose another --output_dir"
+        raise UserError(text) from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
+        failed, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        text = f"cannot write {failed or path}: {reason or error}. The last checkpoint in {path} is"
+        raise UserError(f"{text} intact; fix this and rerun with --resume") from error
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Replace `target` by the finished folder `new`; the old one is deleted last."""
+    for path in (*new.iterdir(), new):
+        sync(path)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if (target / ".gitkeep").exists():
+        (new / ".gitkeep").touch()
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""The machine: device, compute type, memory, and what the metrics record of the environment."""
+
+import ctypes
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+
+import torch
+
+from engine import distributed
+from engine.files import ROOT, UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is cuda if there is one, else cpu. Raises UserError if a named device is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = distributed.local_device(torch.device(name))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not on this machine; try --device auto") from error
+    return device
+
+
+def tune_cpu_memory(device: torch.device) -> None:
+    """Keep freed memory for later tensors, and few compiled kernels."""
+    # oneDNN keeps a kernel for each of the last 1,024 shapes, and here almost every pass has a new
+    # shape: 50 MB more per iteration of SmolLM2, without end. It reads these at its first use.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "10")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20")
+    # By default glibc returns large blocks to the system, which must zero every page before handing
+    # it out again: a tenth of an iteration or more.
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type; `auto` is bfloat16 on a cuda device that computes in it natively."""
+    if name == "auto":
+        # Older cards (T4, V100) only emulate it: compute capability 8.0 is the first to have it.
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process so far, in MiB: on the host where known, and on cuda."""
+    peak = {}
+    try:
+        import resource  # Unix only
+
+        kibi = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak["peak_memory_mib"] = usage / kibi
+    except ImportError:
+        pass
+    if device.type == "cuda":
+        peak["peak_cuda_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return peak
+
+
+def describe_environment(device: torch.device) -> dict:
+    """What it takes to repeat a run: command, commit, versions, machine."""
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "command": shlex.join([*distributed.launcher(), *sys.argv]),
+        "git_commit": commit or None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
+        "platform": platform.platform(),
+        "device": device.type,
+        "processes": distributed.world_size(),
+        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

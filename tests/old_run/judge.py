@@ -1,0 +1,5 @@
+WEIGHTS = {"exact": 1}
+
+
+def score(completion, answer):
+    return (len(completion) / 1000,)
