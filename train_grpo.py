@@ -36,14 +36,13 @@ from tqdm import tqdm
 from engine import distributed
 from engine.cli import Parser, check_settings, setting
 from engine.files import METRICS_FILE, UserError, exit_code
-from engine.machine import choose_device, choose_dtype, tune_cpu_memory
 from engine.metrics import accuracy_summary, batch_metrics, group_record
-from engine.models import choose_preset, eos_token_ids, load_model
+from engine.models import choose_preset, eos_token_ids
 from engine.policy import Policy, Rollout, frozen_copy
 from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
 from engine.prompt import Prompt, check_length, encode_prompts, make_prompt
 from engine.run import Run, nothing_to_resume
-from engine.tree import choose_policy
+from engine.tree import load_policy
 from rewards import score
 
 
@@ -51,9 +50,7 @@ from rewards import score
 class Config:
     """Every setting of a run. The defaults are the reference recipe."""
 
-    preset: Literal["auto", "reference", "smollm2", "tiny"] = setting(
-        "auto", "named set of overrides; auto takes the largest model that this machine can train"
-    )
+    preset: Literal["auto", "reference", "smollm2", "tiny"] = setting("auto", "named overrides")
     model_name: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "folder or hub id of a chat model")
     output_dir: str = setting(".", "folder for metrics, plots, checkpoints/ and saved_model/")
     resume: bool = setting(False, "continue from the newest checkpoint in output_dir")
@@ -83,9 +80,7 @@ class Config:
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged")
-    scale_rewards: Literal["group", "none"] = setting(
-        "group", "divide advantages by the standard deviation of the group, or not"
-    )
+    scale_rewards: Literal["group", "none"] = setting("group", "std that divides advantages")
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
     epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
@@ -494,18 +489,9 @@ def set_up(config: Config) -> tuple[Task, Learner]:
     """Load task and model, and check that the model can be trained. Raises UserError."""
     with distributed.sync_errors():
         problems, rewards, prompt = load_task(config)
-        device = choose_device(config.device)
-        tune_cpu_memory(device)
-        model, tokenizer = load_model(config.model_name, device)
-        # Of different lengths, so that padding is checked too.
-        prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
-        check_length(model, prompts[0], config.max_new_tokens)
-        dtype, group = choose_dtype(config.dtype, device), config.num_generations
+        group = config.num_generations
         completions = config.batch_size // distributed.world_size() * group
-        shape = group, config.max_new_tokens, completions
-        policy = choose_policy(config.policy, model, dtype, prompts, *shape)
-    first = prompts[0][0][prompts[1][0] == 1]
-    print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+        policy, tokenizer = load_policy(config, problems, prompt, group, completions)
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
     adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))

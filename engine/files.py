@@ -44,9 +44,7 @@ def exit_code(main: Callable[[], int]) -> int:
 
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only these
+    handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 

@@ -40,13 +40,9 @@ def group_record(
     problem, batch: Rollout, parts: dict[str, Tensor], advantages: Tensor, group: int
 ) -> dict:
     """The first group of a batch, as a line of grpo_completions.jsonl; parts (B*G,) by name."""
-    columns = {
-        "text": batch.texts,
-        **{name: part[:group].tolist() for name, part in parts.items()},
-        "advantage": advantages[:group].tolist(),
-        "tokens": batch.mask[:group].sum(dim=1).int().tolist(),
-        "truncated": batch.truncated[:group].tolist(),
-    }
+    lengths = batch.mask.sum(dim=1).int()
+    numbers = {**parts, "advantage": advantages, "tokens": lengths, "truncated": batch.truncated}
+    columns = {"text": batch.texts} | {name: x[:group].tolist() for name, x in numbers.items()}
     rows = [{name: column[i] for name, column in columns.items()} for i in range(group)]
     return {"question": problem.question, "answer": problem.answer, "completions": rows}
 
@@ -86,9 +82,8 @@ def best_iteration(metrics: dict) -> int:
 
     Sampled, because that is what training raises; greedy accuracy jumps.
     """
-    newest_first = validations(metrics)[::-1]
-    best = max(newest_first, key=lambda e: e["accuracies"]["sampled"]["accuracy"], default=None)
-    return best["iteration"] if best else 0
+    found = [(e["accuracies"]["sampled"]["accuracy"], e["iteration"]) for e in validations(metrics)]
+    return max(found, default=(0, 0))[1]
 
 
 def evaluations_without_gain(metrics: dict) -> int:
@@ -122,55 +117,48 @@ def reason_to_stop(metrics: dict) -> tuple[str, str] | None:
     return None
 
 
-def lacks_signal(history: list[dict]) -> bool:
-    """Whether no group of the last WINDOW iterations had rewards that differ."""
-    recent = history[-WINDOW:]
-    return len(recent) == WINDOW and all(m["frac_zero_std_groups"] == 1 for m in recent)
-
-
-def no_signal_text(history: list[dict], example: dict) -> str:
-    """What to tell the user of a run that `lacks_signal`."""
-    means = {name: fmean(m[name] for m in history[-WINDOW:]) for name in history[-1]}
-    parts = ", ".join(
-        f"{name.removeprefix('reward_')} {mean:.2f}"
-        for name, mean in means.items()
-        if name.startswith("reward_")
-    )
+def no_signal(metrics: dict) -> str | None:
+    """A warning if no group of the last WINDOW iterations had rewards that differ, else None."""
+    recent = metrics["iterations"][-WINDOW:]
+    if len(recent) < WINDOW or any(m["frac_zero_std_groups"] < 1 for m in recent):
+        return None
+    mean = {name: fmean(m[name] for m in recent) for name in recent[-1]}
+    parts = [n.removeprefix("reward_") for n in mean if n.startswith("reward_")]
+    earned = ", ".join(f"{part} {mean[f'reward_{part}']:.2f}" for part in parts)
+    example = metrics["evaluations"][-1]["example"]
     return (
         f"warning: for {WINDOW} iterations the completions of every group got equal rewards, so"
         " there was nothing to learn from. Likely causes: completions end before the answer"
-        f" ({means['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
+        f" ({mean['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
         " without thinking); the model never answers in the form that the reward asks for"
-        f" ({parts}; try --num_examples 3); the task is too hard or too easy"
-        f" ({means['accuracy']:.0%} exact; try other problems); the learning rate is too high and"
-        f" entropy is gone ({means['entropy']:.2f}; try a smaller --learning_rate). At the last"
+        f" ({earned}; try --num_examples 3); the task is too hard or too easy"
+        f" ({mean['accuracy']:.0%} exact; try other problems); the learning rate is too high and"
+        f" entropy is gone ({mean['entropy']:.2f}; try a smaller --learning_rate). At the last"
         f" evaluation it answered {example['question']!r} with {example['completion']!r}"
     )
 
 
 def summary(metrics: dict, output: Path) -> str:
     """The results of a run that has ended, its files, and what to do next."""
-    history, kl = metrics["iterations"], [m["kl"] for m in metrics["iterations"]]
+    history, saved = metrics["iterations"], output / "saved_model"
+    kl, memory = [m["kl"] for m in history], metrics.get("peak_memory_mib")
     tests = [describe(e["accuracies"]) for e in metrics["evaluations"] if e["split"] == "test"]
-    peak = metrics.get("peak_memory_mib")  # unknown on Windows
-    saved = output / "saved_model"
-    choice = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
+    question = shlex.quote(metrics["evaluations"][0]["example"]["question"])
+    model = "" if output == Path(".") else f"--model {shlex.quote(str(saved))} "
     lines = {
         "test accuracy before": tests[0],
         "test accuracy after": tests[-1] if len(tests) > 1 else "not measured",
         "kl": f"{fmean(kl[-100:]):.3f} at the end, {max(kl):.3f} at most",
-        "time and memory": f"{metrics['seconds']:.0f} s" + (f", {peak:.0f} MiB" if peak else ""),
-        "files": f"{output / METRICS_FILE}, two plots (grpo_*.png) beside it",
+        "time and memory": f"{metrics['seconds']:.0f} s"
+        + (f", {memory:.0f} MiB" if memory else ""),
+        "files": f"{output / METRICS_FILE}, with grpo_*.png beside it",
         "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
+        "next": f"python inference.py {model}{question}",
     }
+    command = metrics["environment"]["command"].replace(" --resume", "")
     if metrics["status"] == "interrupted":
-        command = metrics["environment"]["command"].replace(" --resume", "")
         lines["to continue"] = f"{command} --resume"
     if metrics["status"] == "failed":
-        lines["hint"] = (
-            "start again in another --output_dir with a smaller --learning_rate or --clip_grad_norm"
-        )
-    question = shlex.quote(metrics["evaluations"][0]["example"]["question"])
-    lines["next"] = f"python inference.py {choice}{question}"
+        lines["next"] = "a smaller --learning_rate or --clip_grad_norm in another --output_dir"
     head = f"\n{metrics['status']} after {len(history)} iterations: {metrics['stop_reason']}"
     return "\n".join([head, *(f"{name:<21} {text}" for name, text in lines.items())])

@@ -73,42 +73,38 @@ def load_model(name: str, device: torch.device):
 
     Only safetensors are read, and no code that comes with a model is run.
     """
+
+    def refuse(reason: str):
+        raise UserError(f"model {name}: {reason}")
+
     folder = model_folder(name)
     if folder is None and name.startswith("models/"):
-        made = "models/SmolLM2-135M-Instruct"
-        raise UserError(f"model {name}: no such folder; `python fetch_model.py` makes {made}")
+        refuse("no such folder; `python fetch_model.py` makes models/SmolLM2-135M-Instruct")
     if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"model {name}: no such folder, and not a hub id (owner/name)")
+        refuse("no such folder, and not a hub id (owner/name)")
     if folder is not None and not (folder / "config.json").exists():
-        raise UserError(f"model {name}: the folder holds no config.json")
+        refuse("the folder holds no config.json")
     if folder is None and not hub_source(name):
-        raise UserError(
-            f"model {name}: not in the cache, and not on the model hub if that can be reached;"
-            " name a folder, or take the bundled model with --preset tiny"
+        refuse(
+            "not in the cache, and not on the model hub if that can be reached; name a folder, or"
+            " take the bundled model with --preset tiny"
         )
-    source = str(folder or name)
+    source, safe = str(folder or name), {"trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
+        model, loading = found
         eos_token_ids(model, tokenizer)  # raises if there is none
     except Exception as error:  # foreign files can cause any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {name} cannot be loaded: {reason}") from error
     if tokenizer.chat_template is None:
-        raise UserError(f"model {name} has no chat template; use an instruction-tuned model")
+        refuse("it has no chat template; use an instruction-tuned model")
     if loading["missing_keys"]:  # transformers would initialise them at random
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(f"model {name}: its files lack weights: {missing}, ...")
+        refuse(f"its files lack weights: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"model {name}: its tokenizer has more tokens than the model; it belongs to another one"
-        )
+        refuse("its tokenizer has more tokens than the model; it belongs to another one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
@@ -156,29 +152,26 @@ def save_model(model: nn.Module, tokenizer, prompt, output: Path, metrics: dict)
 def model_card(metrics: dict) -> str:
     """The README of a trained model, from the metrics of its run."""
     config, environment, best = (metrics[n] for n in ("config", "environment", "best_iteration"))
-    measured = [
-        f"| {e['iteration']} | {kind} | {a['accuracy']:.1%} | {a['low']:.1%} to {a['high']:.1%} |"
-        for e in metrics["evaluations"]
-        if e["split"] == "test"
-        for kind, a in e["accuracies"].items()
-    ]
-    drift = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best][-1]
     source = environment["model_source"] or {}
-    low, high, file = config["min_operand"], config["max_operand"], Path(config["problems"]).name
-    task = f"`What is (a op1 b) op2 c?`, for operands {low} to {high} and the operators + - *"
-    if file:
-        task = f"the questions of {file} (SHA-256 {environment['problems_sha256']})"
-    settings = config | {f"base model: {name}": value for name, value in source.items()}
-    newline = "\n"
+    tests = [e for e in metrics["evaluations"] if e["split"] == "test"]
+    drift = [e["off_task"]["kl"] for e in metrics["evaluations"] if e["iteration"] == best][-1]
+    files = {n: Path(config[n]).name for n in ("problems", "rewards") if config[n]}
+    accuracies = "\n".join(
+        f"| {e['iteration']} | {kind} | {a['accuracy']:.1%} | {a['low']:.1%} to {a['high']:.1%} |"
+        for e in tests
+        for kind, a in e["accuracies"].items()
+    )
+    hashes = {n: environment[n] for n in ("problems_sha256", "rewards_sha256") if environment[n]}
+    base = {f"base model: {name}": value for name, value in source.items()}
+    recipe = "\n".join(f"| {n} | {v} |" for n, v in {**config, **files, **hashes, **base}.items())
     return f"""---
 base_model: {source.get("model", config["model_name"])}
 tags: [grpo]
 ---
 # {config["model_name"]} after GRPO
 
-Answers {task}. Trained by `train_grpo.py` from {config["model_name"]} with the rewards of
-{Path(config["rewards"]).name or "rewards.py"} (SHA-256 {environment["rewards_sha256"]}). This is
-the policy after iteration {best}, the best of {len(metrics["iterations"])} by validation accuracy.
+Trained by `train_grpo.py` on {files.get("problems", "`What is (a op1 b) op2 c?`")}. This is the
+policy after iteration {best}, the best of {len(metrics["iterations"])} by validation accuracy.
 {PROMPT_FILE} holds the system line and the worked examples of its prompt.
 
 ## Measured on held-out test problems
@@ -187,7 +180,7 @@ Sampled is at temperature 1, one sample per problem.
 
 | after iteration | answers | accuracy | 95% interval |
 |---|---|---|---|
-{newline.join(measured)}
+{accuracies}
 
 Other skills of the base model may be lost: on questions off the task its answers are {drift:.2g}
 nats per token away from the base model's.
@@ -196,5 +189,5 @@ nats per token away from the base model's.
 
 | setting | value |
 |---|---|
-{newline.join(f"| {name} | {value} |" for name, value in settings.items())}
+{recipe}
 """

@@ -1,33 +1,24 @@
 """The chat prompt that a question is put into, and grpo_prompt.json, which keeps it."""
 
 import dataclasses
-import inspect
 import json
 from dataclasses import dataclass, field
 
-import transformers
 from torch import Tensor, nn
 
-from engine.cli import check_text
 from engine.files import UserError, read_json
 from engine.models import PROMPT_FILE, model_folder
 
 # Asked to see how far training moves a chat model on questions it is not trained on.
-OFF_TASK = {
-    "system": "",
-    "questions": dict.fromkeys(
-        [
-            "What is the capital of France?",
-            "Write one sentence about the sea.",
-            "How do I boil an egg?",
-            "Translate to French: good morning.",
-            "Name three colours.",
-            "Why is the sky blue?",
-            "Who wrote Romeo and Juliet?",
-            "Give me a word that rhymes with light.",
-        ]
-    ),
-}
+CHAT = """What is the capital of France?
+Write one sentence about the sea.
+How do I boil an egg?
+Translate to French: good morning.
+Name three colours.
+Why is the sky blue?
+Who wrote Romeo and Juliet?
+Give me a word that rhymes with light."""
+OFF_TASK = {"system": "", "questions": dict.fromkeys(CHAT.splitlines())}
 
 
 @dataclass(frozen=True)
@@ -45,18 +36,12 @@ class Prompt:
 
 def template_kwargs(text: str) -> dict:
     """Read --chat_template_kwargs. Raises UserError."""
-    flag = f"--chat_template_kwargs {text:.80}"
     try:
         kwargs = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: not valid JSON: {error}") from error
-    apply = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template)
-    if not isinstance(kwargs, dict) or kwargs.keys() & {*apply.parameters, "messages"}:
-        raise UserError(
-            f"{flag}: must be a JSON object of variables that the chat template reads, like"
-            ' {"enable_thinking": false}'
-        )
-    check_text("--chat_template_kwargs", json.dumps(kwargs, ensure_ascii=False))
+    except ValueError as error:
+        raise UserError(f"--chat_template_kwargs {text:.80}: not valid JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise UserError(f'--chat_template_kwargs {text:.80}: not an object like {{"a": false}}')
     return kwargs
 
 
@@ -79,15 +64,13 @@ def read_prompt(model_name: str) -> Prompt | None:
     folder = model_folder(model_name)
     if folder is None or not (folder / PROMPT_FILE).exists():
         return None
-    content, fields = read_json(folder / PROMPT_FILE), dataclasses.fields(Prompt)
     try:
-        prompt = Prompt(**content)
-        damaged = any(not isinstance(getattr(prompt, f.name), f.type) for f in fields)
+        prompt = Prompt(**read_json(folder / PROMPT_FILE))
+        if all(isinstance(getattr(prompt, f.name), f.type) for f in dataclasses.fields(Prompt)):
+            return prompt
     except TypeError:  # names are missing or unknown
-        damaged = True
-    if damaged:
-        raise UserError(f"{folder / PROMPT_FILE} is not a prompt as training writes it")
-    return prompt
+        pass
+    raise UserError(f"{folder / PROMPT_FILE} is not a prompt as training writes it")
 
 
 def encode_prompts(

@@ -15,9 +15,11 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from engine import checkpoint, distributed, files, metrics
+from engine import distributed, files
+from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, restore, save_checkpoint
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from engine.machine import describe_environment, peak_memory
+from engine.metrics import best_iteration, describe, no_signal, reason_to_stop, summary
 from engine.models import fingerprint, load_model, read_source, save_model
 from engine.policy import Policy
 
@@ -41,7 +43,7 @@ def nothing_to_resume(settings: dict) -> bool:
     """Whether the run in output_dir has finished and these settings ask for nothing more."""
     output = Path(settings["output_dir"])
     found = finished_run(output)
-    ending = found and metrics.reason_to_stop(found | {"config": settings})
+    ending = found and reason_to_stop(found | {"config": settings})
     if ending:
         print(f"nothing to resume: the run in {output.resolve()} is finished, {ending[1]}")
     return bool(ending)
@@ -56,13 +58,13 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict, dict]:
     """
     settings, output = current["config"], Path(current["config"]["output_dir"])
     if not settings["resume"]:
-        if checkpoint.checkpoints_in(output) and not finished_run(output):
+        if checkpoints_in(output) and not finished_run(output):
             raise UserError(
                 f"{output.resolve()} holds an unfinished run: continue it with --resume, choose"
-                f" another --output_dir, or delete {checkpoint.CHECKPOINTS}/ to give it up"
+                f" another --output_dir, or delete {CHECKPOINTS}/ to give it up"
             )
         return {}, {}
-    tensors, state = checkpoint.load_checkpoint(output)
+    tensors, state = load_checkpoint(output)
     if not state:
         print(f"nothing to resume in {output.resolve()}: starting from the beginning")
         return {}, {}
@@ -116,7 +118,7 @@ class Run:
         """
         self.config, self.task, self.learner = config, task, learner
         self.output, self.writes = Path(config.output_dir), distributed.rank() == 0
-        self.signal, self.ending = 0, None
+        self.stop_signal, self.ending = 0, None
         self.metrics = self.new_metrics()
         with ExitStack() as stack:
             stack.enter_context(distributed.rank_zero_only(files.locked_folder(self.output)))
@@ -179,7 +181,7 @@ class Run:
         state = distributed.all_gather(state)[0]
         if state:
             with distributed.sync_errors():
-                checkpoint.restore(self.learner, tensors, state)
+                restore(self.learner, tensors, state)
             self.metrics = state["metrics"] | {n: current[n] for n in ("config", "environment")}
             if self.writes:
                 files.cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
@@ -203,14 +205,17 @@ class Run:
                 means = {n: fmean(m[n] for m in recent) for n in ("reward", "accuracy", "kl")}
                 bar.set_postfix({n: f"{mean:.3f}" for n, mean in means.items()}, refresh=False)
                 bar.update()
+        # Before the last evaluations, which a longer run would not have made.
         if self.iteration and self.ending[0] != "failed":
-            self.checkpoint()  # before the last evaluations, which a longer run would not have made
+            self.write_checkpoint()
 
     def check_ending(self) -> None:
         """Find out, together with the other processes, whether the run ends here."""
-        self.signal = max(distributed.all_gather((self.received or [0])[0]))
-        interrupted = ("interrupted", signal.Signals(self.signal).name) if self.signal else None
-        self.ending = self.ending or interrupted or metrics.reason_to_stop(self.metrics)
+        self.stop_signal = max(distributed.all_gather((self.received or [0])[0]))
+        interrupted = (
+            ("interrupted", signal.Signals(self.stop_signal).name) if self.stop_signal else None
+        )
+        self.ending = self.ending or interrupted or reason_to_stop(self.metrics)
 
     @property
     def finished(self) -> bool:
@@ -224,7 +229,7 @@ class Run:
 
     def due(self, split: str) -> bool:
         """Whether to evaluate on this split now: before training, and validation every so often."""
-        if self.signal or self.evaluated(split):
+        if self.stop_signal or self.evaluated(split):
             return False
         every = self.config.eval_every if split == "validation" else 0
         return self.iteration == 0 or (every > 0 and self.iteration % every == 0)
@@ -232,30 +237,27 @@ class Run:
     def log_evaluation(self, split: str, iteration: int, results: dict) -> None:
         """Record the results of an evaluation and print them."""
         self.metrics["evaluations"].append({"iteration": iteration, "split": split, **results})
-        self.metrics["best_iteration"] = metrics.best_iteration(self.metrics)
+        self.metrics["best_iteration"] = best_iteration(self.metrics)
         example = results["example"]
         verdict = "right" if example["exact"] else "wrong"
         tqdm.write(
-            f"iteration {iteration:>5}, {split}: {metrics.describe(results['accuracies'])}; "
+            f"iteration {iteration:>5}, {split}: {describe(results['accuracies'])}; "
             f"{example['question']} {example['completion']!r} ({verdict})"
         )
         self.check_ending()
 
-    def log_iteration(self, iteration: dict, group: dict) -> None:
+    def log_iteration(self, results: dict, group: dict) -> None:
         """Record an iteration and, every so often, its first group; warn as the metrics ask for."""
-        history, config = self.metrics["iterations"], self.config
-        history.append(iteration)
-        skipped = iteration["skipped_updates"]
+        self.metrics["iterations"].append(results)
+        skipped, updates = results["skipped_updates"], self.config.num_inner_updates
         if skipped:
-            tqdm.write(
-                f"iteration {self.iteration}: skipped {skipped:.0f} of {config.num_inner_updates}"
-                " updates: loss or gradient not finite"
-            )
-        if metrics.lacks_signal(history) and "no_signal" not in self.metrics:
+            text = f"skipped {skipped:.0f} of {updates} updates: loss or gradient not finite"
+            tqdm.write(f"iteration {self.iteration}: {text}")
+        warning = no_signal(self.metrics)
+        if warning and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
-            example = self.metrics["evaluations"][-1]["example"]
-            tqdm.write(metrics.no_signal_text(history, example))
-        file, every = self.output / COMPLETIONS_FILE, config.log_completions_every
+            tqdm.write(warning)
+        file, every = self.output / COMPLETIONS_FILE, self.config.log_completions_every
         if self.writes and self.iteration == 1:
             file.unlink(missing_ok=True)  # of an earlier run
         if self.writes and every and self.iteration % every == 0:
@@ -273,18 +275,18 @@ class Run:
         healthy = not self.metrics["iterations"][-1]["skipped_updates"]
         # The first iteration's shows early whether the disk has room.
         if best or (healthy and (due or self.iteration == 1)):
-            self.checkpoint()
+            self.write_checkpoint()
         elif self.iteration % 25 == 0:
             self.write_metrics()
         if best:  # after the checkpoint: if killed in between, a resumed run saves this policy
             self.save_policy(self.learner.policy)
             self.last_saved = self.iteration
 
-    def checkpoint(self) -> None:
+    def write_checkpoint(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started
         generators = torch.cat(distributed.all_gather(self.learner.token_rng.get_state()))
         if self.writes:
-            checkpoint.save_checkpoint(self.learner, self.metrics, generators, self.output)
+            save_checkpoint(self.learner, self.metrics, generators, self.output)
         self.write_metrics()
         self.last_checkpoint, self.written = self.iteration, time.monotonic()
 
@@ -323,5 +325,5 @@ class Run:
             self.write_metrics()
             if self.writes:
                 draw(self.output)
-                print(metrics.summary(self.metrics, self.output))
-        return {"finished": 0, "failed": 1}.get(status, 128 + self.signal)
+                print(summary(self.metrics, self.output))
+        return {"finished": 0, "failed": 1}.get(status, 128 + self.stop_signal)

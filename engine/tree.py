@@ -8,13 +8,17 @@ and a 4-dimensional attention mask lets it see its ancestors and itself.
 import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from engine.files import UserError
+from engine.machine import choose_device, choose_dtype, tune_cpu_memory
+from engine.models import load_model
 from engine.policy import Policy, Rollout, token_logprobs
+from engine.prompt import check_length, encode_prompts
 
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
@@ -213,6 +217,24 @@ def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move the real tokens of each row (R, L) to its beginning. Returns ids and lengths (R,)."""
     ids, mask = ids.cpu(), mask.cpu()
     return ids.gather(1, mask.argsort(dim=1, descending=True, stable=True)), mask.sum(dim=1)
+
+
+def load_policy(config, problems, prompt, group: int, completions: int) -> tuple[Policy, Any]:
+    """(policy, tokenizer) for the model, device and types of a Config. Raises UserError.
+
+    Prints which policy it is, and the first prompt. `completions`: how many a batch samples.
+    """
+    device, new_tokens = choose_device(config.device), prompt.max_new_tokens
+    tune_cpu_memory(device)
+    model, tokenizer = load_model(config.model_name, device)
+    # Of different lengths, so that padding is checked too.
+    prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
+    check_length(model, prompts[0], new_tokens)
+    dtype = choose_dtype(config.dtype, device)
+    policy = choose_policy(config.policy, model, dtype, prompts, group, new_tokens, completions)
+    first = prompts[0][0][prompts[1][0] == 1]
+    print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+    return policy, tokenizer
 
 
 def choose_policy(

@@ -93,6 +93,6 @@ def test_ten_skipped_updates_end_the_run_as_failed(tmp_path, monkeypatch):
     metrics = read_metrics(tmp_path)
     assert metrics["status"] == "failed" and "10 updates in a row" in metrics["stop_reason"]
     assert len(metrics["iterations"]) == 9
-    assert "smaller --learning_rate" in out.split("hint")[1]
+    assert "smaller --learning_rate" in out.split("next")[1]
     assert newest(tmp_path) == 3  # from before the trouble
     assert_finite_checkpoint(tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import train_grpo
 from engine import metrics as engine_metrics
-from engine.metrics import best_iteration, evaluations_without_gain, lacks_signal, reason_to_stop
+from engine.metrics import best_iteration, evaluations_without_gain, no_signal, reason_to_stop
 from engine.models import load_model
 from engine.policy import Policy
 from train_grpo import Config, evaluate
@@ -62,10 +62,16 @@ def test_max_kl_is_the_mean_of_fifty_iterations():
 
 
 def test_signal_is_lacking_only_if_no_group_has_any():
-    silent, heard = {"frac_zero_std_groups": 1.0}, {"frac_zero_std_groups": 0.5}
-    assert lacks_signal([silent] * 50)
-    assert not lacks_signal([silent] * 49)
-    assert not lacks_signal([heard] + [silent] * 49)
+    rest = dict.fromkeys(("reward_exact", "truncated", "accuracy", "entropy"), 0.0)
+    silent, heard = {**rest, "frac_zero_std_groups": 1.0}, {**rest, "frac_zero_std_groups": 0.5}
+    evaluations = [{"example": {"question": "What?", "completion": ""}}]
+
+    def warning(history):
+        return no_signal({"iterations": history, "evaluations": evaluations})
+
+    assert warning([silent] * 50)
+    assert warning([silent] * 49) is None
+    assert warning([heard] + [silent] * 49) is None
 
 
 def test_a_run_that_learns_nothing_stops_after_patience(tmp_path):

@@ -137,7 +137,7 @@ def test_model_card_gives_base_recipe_and_accuracies(run, metrics):
     assert "| learning_rate |" in card
     best = metrics["best_iteration"]
     assert "| 0 | sampled |" in card and f"| {best} | greedy |" in card
-    assert f"the policy after iteration {best}" in card
+    assert f"policy after iteration {best}, the best of 3" in card
 
 
 def test_saved_prompt_keeps_token_limit_and_off_task_questions(tmp_path):
