@@ -1,27 +1,21 @@
-"""Draw the figures of docs/ from committed metrics.
-
-python docs/figures.py
-"""
+"""The figures of docs/, drawn from committed metrics. `python docs/pages.py` draws them all."""
 
 import json
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.checkpoint import METRICS_FILE
-from engine.run import best_iteration, reason_to_stop, validations
+from engine.files import METRICS_FILE, ROOT
+from engine.metrics import best_iteration, reason_to_stop, validations
 from plot_metrics import COLOURS, draw_series, read_metrics, save_figure, series
 
-PAGES = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
 STYLE = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
-HEALTHY = PAGES.parent / "results" / "healthy"
 # Line styles differ too, so that a black-and-white print can be read.
-RUNS = {
+HEALTHY = {
     "good": (COLOURS[0], "-"),
     "rate too high": (COLOURS[1], "--"),
     "no signal": (COLOURS[2], "-."),
@@ -29,8 +23,14 @@ RUNS = {
 }
 
 
+@cache
+def committed(run: str) -> dict:
+    """The metrics of a run in results/."""
+    return read_metrics(RESULTS / run / METRICS_FILE)
+
+
 def healthy_run(label: str) -> dict:
-    return read_metrics(HEALTHY / label.replace(" ", "_") / METRICS_FILE)
+    return committed(f"healthy/{label.replace(' ', '_')}")
 
 
 def draw_smooth(axes, metrics: dict, name: str, colour: str, line: str, label: str) -> None:
@@ -42,7 +42,7 @@ def draw_smooth(axes, metrics: dict, name: str, colour: str, line: str, label: s
 
 def draw_healthy(axes, name: str, title: str) -> None:
     """Draw one metric of the good run and of the sick ones."""
-    for label, (colour, line) in RUNS.items():
+    for label, (colour, line) in HEALTHY.items():
         draw_smooth(axes, healthy_run(label), name, colour, line, label)
     axes.set_ylabel(title)
 
@@ -85,7 +85,7 @@ def healthy_loss() -> Figure:
     kl.set_ylim(bottom=0)
     legend_above(figure, kl)
     good = healthy_run("good")
-    draw_series(loss, good, "loss", RUNS["good"][0], "loss of the good run", faint=True)
+    draw_series(loss, good, "loss", HEALTHY["good"][0], "loss of the good run", faint=True)
     _, penalty = series(good, "kl_penalty")
     label = f"its KL term, {good['config']['beta']} x kl_penalty"
     loss.plot(range(1, len(penalty) + 1), good["config"]["beta"] * penalty, "k--", label=label)
@@ -95,14 +95,13 @@ def healthy_loss() -> Figure:
     return figure
 
 
-LESSONS = PAGES.parent / "results" / "lessons"
 PAST_BEST = {"rate 2e-4": "lr2e-4_s0", "rate 5e-4, beta 0, seed 1": "lr5e-4_beta0_s1"}
 STOPS = {"--patience 3": {"patience": 3}, "--max_kl 1": {"max_kl": 1}}
-FORGETTING = {
-    "5e-5": {0: "beta0_s0", 0.04: "base_s0", 0.4: "beta0.4_s0"},
-    "5e-4": {0: "lr5e-4_beta0_s0", 0.04: "lr5e-4_s0", 0.4: "lr5e-4_beta0.4_s0"},
-    "5e-4, seed 1": {0: "lr5e-4_beta0_s1", 0.04: "lr5e-4_s1", 0.4: "lr5e-4_beta0.4_s1"},
-}
+FORGETTING = [  # a list per learning rate and seed
+    ["beta0_s0", "base_s0", "beta0.4_s0"],
+    ["lr5e-4_beta0_s0", "lr5e-4_s0", "lr5e-4_beta0.4_s0"],
+    ["lr5e-4_beta0_s1", "lr5e-4_s1", "lr5e-4_beta0.4_s1"],
+]
 BASES = {
     "bundled, 8000 steps": ("bundled.json", "base_s0"),
     "240 steps": ("less.json", "less_s0"),
@@ -111,7 +110,12 @@ LINES = ("o-", "s--", "D-.", "^:", "v-")  # markers, because a run has few valid
 
 
 def lesson_run(name: str) -> dict:
-    return read_metrics(LESSONS / name / METRICS_FILE)
+    return committed(f"lessons/{name}")
+
+
+def short(number: float) -> str:
+    """A setting as one would type it: 0.04, 5e-5."""
+    return f"{number:.0e}".replace("e-0", "e-") if 0 < number < 0.001 else f"{number:g}"
 
 
 def draw_validations(axes, metrics: dict, value: Callable, style: int, label: str) -> None:
@@ -157,14 +161,12 @@ def lesson_reward() -> Figure:
 
 def lesson_forgetting() -> Figure:
     figure, panels = two_panels()
-    for axes, (rate, runs) in zip(panels, FORGETTING.items(), strict=False):  # seed 0
-        for style, (beta, name) in enumerate(runs.items()):
-            label = f"beta {beta}"
-            draw_validations(
-                axes, lesson_run(name), lambda e: e["off_task"]["accuracy"], style, label
-            )
+    for axes, runs in zip(panels, FORGETTING, strict=False):  # seed 0
+        for style, metrics in enumerate(map(lesson_run, runs)):
+            label = f"beta {short(metrics['config']['beta'])}"
+            draw_validations(axes, metrics, lambda e: e["off_task"]["accuracy"], style, label)
         axes.set(ylabel="share of sums answered right", ylim=(-0.02, 1.04))
-        axes.set_title(f"learning rate {rate}", fontsize=10)
+        axes.set_title(f"learning rate {short(metrics['config']['learning_rate'])}", fontsize=10)
     legend_above(figure, panels[0])
     return figure
 
@@ -189,12 +191,16 @@ def lesson_stopping() -> Figure:
     return figure
 
 
+def pass_at_of(base: str) -> dict[str, float]:
+    """pass@k of a model before training, by k."""
+    return json.loads((RESULTS / "lessons" / base).read_text())["pass_at"]
+
+
 def lesson_base() -> Figure:
     figure, (pass_at, accuracy) = two_panels()
     for style, (label, (base, run)) in enumerate(BASES.items()):
-        measured = json.loads((LESSONS / base).read_text())["pass_at"]
         colour, line = COLOURS[style], LINES[style]
-        points = [(int(k), share) for k, share in measured.items()]
+        points = [(int(k), share) for k, share in pass_at_of(base).items()]
         pass_at.plot(*zip(*points, strict=True), line, color=colour, markersize=4, label=label)
         draw_validations(accuracy, lesson_run(run), partial(accuracy_of, "sampled"), style, label)
     pass_at.set_xscale("log", base=2)
@@ -207,19 +213,14 @@ def lesson_base() -> Figure:
     return figure
 
 
-SMOLLM2 = PAGES.parent / "results" / "smollm2"
-TASKS = {"arithmetic, two steps": "seed0", "spelling backwards": "spelling"}
-RATES = {"rate falls to 0": "seed0", "constant rate": "constant_rate"}
-
-
-def smollm2_run(name: str) -> dict:
-    return read_metrics(SMOLLM2 / name / METRICS_FILE)
+TASKS = {"arithmetic, two steps": "smollm2/seed0", "spelling backwards": "smollm2/spelling"}
+RATES = {"rate falls to 0": "smollm2/seed0", "constant rate": "smollm2/constant_rate"}
 
 
 def lesson_task() -> Figure:
     figure, (exact, signal) = two_panels()
     for style, (label, run) in enumerate(TASKS.items()):
-        metrics = smollm2_run(run)
+        metrics = committed(run)
         for axes, name in ((exact, "accuracy"), (signal, "frac_zero_std_groups")):
             draw_smooth(axes, metrics, name, COLOURS[style], LINES[style][1:], label)
             axes.set_ylim(-0.02, 1.02)
@@ -232,7 +233,7 @@ def lesson_task() -> Figure:
 def smollm2_rate() -> Figure:
     figure, (exact, validation) = two_panels()
     for style, (label, run) in enumerate(RATES.items()):
-        metrics = smollm2_run(run)
+        metrics = committed(run)
         draw_smooth(exact, metrics, "accuracy", COLOURS[style], LINES[style][1:], label)
         draw_validations(validation, metrics, partial(accuracy_of, "sampled"), style, label)
     exact.set_ylabel("share of exact completions")
@@ -243,25 +244,12 @@ def smollm2_rate() -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
-    "healthy_reward.png": healthy_reward,
-    "healthy_signal.png": healthy_signal,
-    "healthy_loss.png": healthy_loss,
-    "lesson_reward.png": lesson_reward,
-    "lesson_forgetting.png": lesson_forgetting,
-    "lesson_stopping.png": lesson_stopping,
-    "lesson_base.png": lesson_base,
-    "lesson_task.png": lesson_task,
-    "smollm2_rate.png": smollm2_rate,
-}
+DRAWN = [healthy_reward, healthy_signal, healthy_loss, lesson_reward, lesson_forgetting]
+DRAWN += [lesson_stopping, lesson_base, lesson_task, smollm2_rate]
+FIGURES: dict[str, Callable[[], Figure]] = {f"{draw.__name__}.png": draw for draw in DRAWN}
 
 
 def draw_figures(output: Path) -> None:
     with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES.items():
             save_figure(draw(), output / name)
-
-
-if __name__ == "__main__":
-    draw_figures(PAGES)
-    print("wrote " + ", ".join(FIGURES))

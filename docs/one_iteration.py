@@ -1,25 +1,22 @@
-"""Write one_iteration.md: one iteration of GRPO with real numbers, by the trainer's functions.
+"""The text of one_iteration.md: one iteration of GRPO with real numbers, step by step.
 
-python docs/one_iteration.py    # two problems, four completions each, two updates; seconds
+Two problems, four completions each, two updates. `python docs/pages.py` writes the page.
 """
 
-import copy
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.models import encode_prompts
-from engine.policy import Rollout
+from engine.policy import Policy, Rollout
+from engine.prompt import encode_prompts
 from train_grpo import (
     PRESETS,
     Config,
-    TrainState,
+    Learner,
+    Task,
     group_advantages,
     grpo_loss,
     kl_term,
@@ -29,7 +26,6 @@ from train_grpo import (
     update_policy,
 )
 
-PAGE = Path(__file__).resolve().with_suffix(".md")
 # The rate is twice the preset's, so that one update moves some ratios beyond the clipping range.
 CHANGED = {
     "seed": 35,
@@ -37,16 +33,16 @@ CHANGED = {
     "learning_rate": 1e-4,
     "batch_size": 2,
     "num_generations": 4,
-    "num_inner_updates": 1,  # taken twice
+    "num_inner_updates": 2,
 }
 CONFIG = Config(**{**PRESETS["tiny"], **CHANGED})
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
     # A bar inside a cell would end it.
-    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in (header, *rows)]
+    first, *lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([first, "|---" * len(header) + "|", *lines])
 
 
 def code(text: str) -> str:
@@ -54,8 +50,8 @@ def code(text: str) -> str:
     return f"`{text}`" if text == text.strip() and "\n" not in text else f"`{text!r}`"
 
 
-def words(state: TrainState, ids: Tensor) -> list[str]:
-    return [code(state.tokenizer.decode([token])) for token in ids.tolist()]
+def words(task: Task, ids: Tensor) -> list[str]:
+    return [code(task.tokenizer.decode([token])) for token in ids.tolist()]
 
 
 def tree_lines(rows: list[list[str]], indent: str = "") -> Iterator[str]:
@@ -66,11 +62,11 @@ def tree_lines(rows: list[list[str]], indent: str = "") -> Iterator[str]:
         yield from tree_lines(rest, indent + "  ")
 
 
-def token_table(state: TrainState, batch: Rollout, columns: dict[str, Tensor], rows: range) -> str:
-    """A line per token of some completions."""
+def token_table(task: Task, batch: Rollout, columns: dict[str, Tensor]) -> str:
+    """A line per token."""
     lines = []
-    for i in rows:
-        tokens = words(state, batch.completion_ids[i][batch.mask[i] == 1])
+    for i in range(len(batch)):
+        tokens = words(task, batch.completion_ids[i][batch.mask[i] == 1])
         for t, token in enumerate(tokens):
             numbers = [f"{column[i, t]:.4f}" for column in columns.values()]
             lines.append([i + 1 if t == 0 else "", token, *numbers])
@@ -82,8 +78,20 @@ def probabilities(logprobs: Tensor, mask: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def logprobs_of(policy, batch: Rollout) -> Tensor:
-    return policy(copy.copy(batch))
+def logprobs_of(policy: Policy, batch: Rollout) -> Tensor:
+    [whole] = policy.micro_batches(batch)
+    return policy(whole)
+
+
+def updates(
+    learner: Learner, batch: Rollout, advantages: Tensor
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Update the policy. Returns the metrics, and the log-probabilities (N, T) of each update."""
+    passes: list[Tensor] = []
+    hook = learner.trained.register_forward_hook(lambda *call: passes.append(call[-1].detach()))
+    metrics = update_policy(learner, batch, advantages, CONFIG)
+    hook.remove()
+    return metrics, passes
 
 
 def loss_by_hand(inputs: tuple[Tensor, ...]) -> tuple[list[list[str]], float]:
@@ -104,87 +112,77 @@ def loss_by_hand(inputs: tuple[Tensor, ...]) -> tuple[list[list[str]], float]:
     return lines, -sum(objectives) / len(objectives)
 
 
-def advantage_lines(rewards: list[float], advantages: list[float]) -> list[list[str]]:
-    """A line per completion; rewards and advantages of one group."""
-    mean, std = fmean(rewards), stdev(rewards)
+def advantage_lines(rewards: Tensor, advantages: Tensor) -> list[list[str]]:
+    """A line per completion; rewards and advantages (G,) of one group."""
+    mean, std = fmean(rewards.tolist()), stdev(rewards.tolist())
     return [
         [f"{r:.1f}", f"({r:.1f} - {mean:.4f}) / ({std:.4f} + 0.0001)", f"{a:+.4f}"]
-        for r, a in zip(rewards, advantages, strict=True)
+        for r, a in zip(rewards.tolist(), advantages.tolist(), strict=True)
     ]
 
 
 def page() -> str:
     """The text of one_iteration.md."""
-    state = set_up(CONFIG)
-    policy, reference, group = state.policy, state.reference, CONFIG.num_generations
-    problems = state.problems.draw(CONFIG.batch_size, state.problem_rng)
-    prompts = encode_prompts(state.tokenizer, [p.question for p in problems], state.prompt, "cpu")
-    length, beta, epsilon = CONFIG.max_new_tokens, CONFIG.beta, CONFIG.epsilon
-    batch = rollout(policy, state.tokenizer, prompts, group, length, state.token_rng)
+    task, learner = set_up(CONFIG)
+    group, length = CONFIG.num_generations, CONFIG.max_new_tokens
+    beta, epsilon = CONFIG.beta, CONFIG.epsilon
+    problems = task.problems.draw(CONFIG.batch_size, learner.problem_rng)
+    prompts = encode_prompts(task.tokenizer, [p.question for p in problems], task.prompt, "cpu")
+    batch = rollout(learner.policy, task.tokenizer, prompts, group, length, learner.token_rng)
     answers = [p.answer for p in problems for _ in range(group)]
-    rewards, parts = reward_function(batch.texts, answers, state.rewards)
-    batch.advantages = group_advantages(rewards, group)
+    rewards, parts = reward_function(batch.texts, answers, task.rewards)
+    advantages = group_advantages(rewards, group)
 
-    # Recorded before the first update, so that the second one compares with the same policy.
-    batch.old_logprobs, ref = logprobs_of(policy, batch), logprobs_of(reference, batch)
-    first = update_policy(policy, reference, state.optimizer, batch, CONFIG)
-    now = logprobs_of(policy, batch)
-    inputs = now, batch.old_logprobs, ref, batch.advantages, batch.mask
+    ref = logprobs_of(learner.reference, batch)
+    metrics, (old, now) = updates(learner, batch, advantages)
+    after = logprobs_of(learner.policy, batch)
+    inputs = now, old, ref, advantages, batch.mask
     by_code, stats = grpo_loss(*inputs, CONFIG)
     hand_lines, by_hand = loss_by_hand(inputs)
-    second = update_policy(policy, reference, state.optimizer, batch, CONFIG)
-    after = logprobs_of(policy, batch)
 
     groups = [range(k * group, (k + 1) * group) for k in range(len(problems))]
     everyone = range(len(batch))
     prompt_ids = prompts[0][0][prompts[1][0] == 1]
-    tokens = [words(state, batch.completion_ids[i][batch.mask[i] == 1]) for i in everyone]
-    ratio = (now - batch.old_logprobs).exp()
+    tokens = [words(task, batch.completion_ids[i][batch.mask[i] == 1]) for i in everyone]
+    ratio = (now - old).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    gain = batch.advantages[:, None]
     columns = {
-        "log p, old": batch.old_logprobs,
+        "log p, old": old,
         "log p, now": now,
         "ratio": ratio,
         "clipped": clipped,
-        "ratio A": ratio * gain,
-        "clipped A": clipped * gain,
+        "ratio A": ratio * advantages[:, None],
+        "clipped A": clipped * advantages[:, None],
         "KL term": kl_term(now, ref, CONFIG.kl_estimator),
     }
-    moments = [probabilities(x, batch.mask) for x in (batch.old_logprobs, now, after)]
+    moments = [probabilities(x, batch.mask) for x in (old, now, after)]
     trees = [
         f"{problems[k].question}\n" + "\n".join(tree_lines([tokens[i] for i in rows], "  "))
         for k, rows in enumerate(groups)
     ]
     distinct = sum(text.count("\n") for text in trees)
-    advantages = [
+    compared = [
         [i + 1, *line]
         for rows in groups
-        for i, line in zip(
-            rows,
-            advantage_lines(
-                [rewards[i].item() for i in rows], [batch.advantages[i].item() for i in rows]
-            ),
-            strict=True,
-        )
+        for i, line in zip(rows, advantage_lines(rewards[rows], advantages[rows]), strict=True)
     ]
     outside = int(((ratio != clipped) & (batch.mask == 1)).sum())
     newline = "\n\n"
-    weights = " + ".join(f"{weight} {name}" for name, weight in state.rewards.weights.items())
+    weights = " + ".join(f"{weight} {name}" for name, weight in task.rewards.weights.items())
     return f"""# One iteration, by hand
 
-`python docs/one_iteration.py` writes this page. It runs one iteration of `train_grpo.py` on the
-bundled model, with {len(problems)} problems, {group} completions of each, and two updates. Every
+`python docs/pages.py` writes this page. It runs one iteration of `train_grpo.py` on the bundled
+model, with {len(problems)} problems, {group} completions of each, and two updates. Every
 number comes from the trainer's own functions. The learning rate is {CONFIG.learning_rate:g}, higher
 than the preset's, so that one update moves some ratios beyond the clipping range.
 
 ## 1. Two problems become prompts
 
-`state.problems.draw` draws {code(problems[0].question)} and {code(problems[1].question)}.
+`task.problems.draw` draws {code(problems[0].question)} and {code(problems[1].question)}.
 `encode_prompts` puts each into the chat. The first, {len(prompt_ids)} tokens, between bars:
 
 ```
-{"|".join(state.tokenizer.decode([token]) for token in prompt_ids.tolist())}
+{"|".join(task.tokenizer.decode([token]) for token in prompt_ids.tolist())}
 ```
 
 ## 2. The policy answers, {group} times each
@@ -209,7 +207,7 @@ Completions of one prompt share tokens. Each distinct prefix is one line here, a
 
 {
         table(
-            ["completion", "text", "truth", *state.rewards.weights, "reward"],
+            ["completion", "text", "truth", *task.rewards.weights, "reward"],
             [
                 [
                     i + 1,
@@ -228,14 +226,14 @@ Completions of one prompt share tokens. Each distinct prefix is one line here, a
 `group_advantages` compares each reward with its own group: (r - mean) / (std + 0.0001). Where all
 rewards of a group are equal, every advantage is 0 and the group teaches nothing.
 
-{table(["completion", "reward", "arithmetic", "advantage A"], advantages)}
+{table(["completion", "reward", "arithmetic", "advantage A"], compared)}
 
 ## 6. First update
 
 The policy has not moved since it sampled, so every ratio is 1 and nothing is clipped. The reference
 is the policy, so the KL term is 0. The loss is minus the mean advantage, which is 0 in each group.
 Its gradient is not 0: it raises completions with a positive advantage and lowers the others. The
-gradient norm is {first["grad_norm"]:.3f}; it is cut to {CONFIG.clip_grad_norm:g}.
+gradient is clipped to a norm of at most {CONFIG.clip_grad_norm:g}.
 
 ## 7. Second update, token by token
 
@@ -244,7 +242,7 @@ to {1 - epsilon:g} .. {1 + epsilon:g}. The loss takes the smaller of ratio A and
 that has already moved far enough in the direction of its advantage is not pushed further.
 {outside} of {int(batch.mask.sum())} ratios lie outside.
 
-{token_table(state, batch, columns, everyone)}
+{token_table(task, batch, columns)}
 
 ## 8. The loss, by hand and by code
 
@@ -259,8 +257,8 @@ over the tokens of a completion, and minus the mean over completions (DeepSeekMa
 | {by_hand:+.6f} | {by_code.item():+.6f} |
 
 `kl`, the mean KL term, is {stats["kl"].item():.4f}; `clip_fraction`, the share of tokens whose
-clipped value is the smaller one, is {stats["clip_fraction"].item():.4f}. The gradient norm of this
-update is {second["grad_norm"]:.3f}.
+clipped value is the smaller one, is {stats["clip_fraction"].item():.4f}. `grad_norm`, the mean
+gradient norm of both updates before clipping, is {metrics["grad_norm"]:.3f}.
 
 ## 9. What it did
 
@@ -274,7 +272,7 @@ the same policy, which must share one probability of 1 among everything it could
                 [
                     i + 1,
                     code(batch.texts[i]),
-                    f"{batch.advantages[i].item():+.4f}",
+                    f"{advantages[i].item():+.4f}",
                     *(f"{p:.4f}" for p in three),
                 ]
                 for i, three in zip(everyone, zip(*moments, strict=True), strict=True)
@@ -287,12 +285,3 @@ the same policy, which must share one probability of 1 among everything it could
 def completion_table(number: int, tokens: list[str], logprobs: Tensor) -> str:
     numbers = [f"{x:.4f}" for x in logprobs[: len(tokens)].tolist()]
     return table([f"completion {number + 1}", *tokens], [["log p", *numbers]])
-
-
-def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -42,13 +42,13 @@ def read_source(name: str) -> dict | None:
 
 def hub_source(name: str) -> str | None:
     """Where a hub id is available; None if nowhere. Waits for the hub for at most 3 seconds."""
-    if huggingface_hub.try_to_load_from_cache(name, "config.json"):
-        return "in the cache"
     try:
+        if huggingface_hub.try_to_load_from_cache(name, "config.json"):
+            return "in the cache"
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().model_info(name, timeout=3)
             return "on the model hub"
-    except Exception:  # no network, a proxy, no such model, ...
+    except Exception:  # no network, a proxy, no such model, no name that the hub allows, ...
         pass
     return None
 
@@ -78,23 +78,18 @@ def load_model(name: str, device: torch.device):
         raise UserError(f"model {name}: {reason}")
 
     folder = model_folder(name)
-    if folder is None and name.startswith("models/"):
-        refuse("no such folder; `python fetch_model.py` makes models/SmolLM2-135M-Instruct")
-    if folder is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        refuse("no such folder, and not a hub id (owner/name)")
-    if folder is not None and not (folder / "config.json").exists():
-        refuse("the folder holds no config.json")
     if folder is None and not hub_source(name):
         refuse(
-            "not in the cache, and not on the model hub if that can be reached; name a folder, or"
-            " take the bundled model with --preset tiny"
+            "no such folder, and no model of the hub that can be reached; name a folder, take the"
+            " bundled model with --preset tiny, or run `python fetch_model.py`, which makes"
+            " models/SmolLM2-135M-Instruct"
         )
     source, safe = str(folder or name), {"trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
         options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
         model, loading = found
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
         eos_token_ids(model, tokenizer)  # raises if there is none
     except Exception as error:  # foreign files can cause any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -190,3 +190,23 @@ def test_the_committed_run_of_spelling_had_no_signal():
     for iteration in metrics["iterations"]:
         assert (iteration["reward"], iteration["kl"]) == (0, 0)
         assert iteration["frac_zero_std_groups"] == 1
+
+
+LAX_TABLE = {  # what (last_number, substring, within_10, within_1, exact) give where 3 is right
+    "<answer>3</answer>": (1, 1, 1, 1, 1),
+    "3": (1, 1, 0, 0, 0),
+    "2 + 1 = 3": (1, 1, 0, 0, 0),
+    "3 = 2 + 1": (0, 1, 0, 0, 0),
+    "<answer>-3</answer>": (0, 1, 1, 0, 0),
+    "<answer>13</answer>": (0, 1, 1, 0, 0),
+    "<answer>14</answer>": (0, 0, 0, 0, 0),
+    "<answer>4</answer>": (0, 0, 1, 1, 0),
+    "<answer>three</answer>": (0, 0, 0, 0, 0),
+    "": (0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("completion", LAX_TABLE)
+def test_each_lax_rule_has_its_gap(completion):
+    scores = RewardFile("examples/lax_judge.py").score(completion, 3)
+    assert tuple(scores.values()) == LAX_TABLE[completion]

@@ -1,0 +1,393 @@
+"""The tables and numbers of the pages, from the committed results. Each returns Markdown."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import fmean, median
+
+import figures
+from figures import RESULTS, accuracy_of, committed, lesson_run, part_of, short
+from one_iteration import table
+from safetensors.numpy import load_file
+
+from benchmarks import ablation
+from engine.files import COMPLETIONS_FILE, ROOT
+from engine.metrics import best_iteration, validations
+from train_grpo import PRESETS, Config
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+# Results of runs
+
+
+def tested(run: str, kind: str) -> list[dict]:
+    """The accuracies on the test problems, before and after."""
+    found = [e["accuracies"] for e in committed(run)["evaluations"] if e["split"] == "test"]
+    return [accuracies[kind] for accuracies in found]
+
+
+def result_table(runs: dict[str, str]) -> str:
+    """A row per run; its label is filled in from its settings."""
+    header = ["run", "sampled, before", "sampled, after (95% interval)", "greedy, before"]
+    header += ["greedy, after (95% interval)", "kl, median", "kl, largest mean of 50 iterations"]
+    header += ["batches with kl over 2", "time", "memory"]
+    rows = []
+    for run, label in runs.items():
+        metrics = committed(run)
+        cells = [label.format(**metrics["config"])]
+        for kind in ("sampled", "greedy"):
+            before, after = tested(run, kind)
+            interval = f"({after['low']:.1%} to {after['high']:.1%})"
+            cells += [percent(before["accuracy"]), f"{after['accuracy']:.1%} {interval}"]
+        kl = [m["kl"] for m in metrics["iterations"]]
+        means = [fmean(kl[i : i + 50]) for i in range(len(kl) - 49)]
+        cells += [f"{median(kl):.2f}", f"{max(means):.2f}", sum(k > 2 for k in kl)]
+        rows.append(
+            [*cells, f"{metrics['seconds']:.0f} s", f"{metrics['peak_memory_mib']:.0f} MiB"]
+        )
+    return table(header, rows)
+
+
+def smollm2_headline() -> str:
+    run = committed("smollm2/seed0")
+    sampled, greedy = (
+        " to ".join(f"{a['accuracy']:.0%}" for a in tested("smollm2/seed0", kind))
+        for kind in ("sampled", "greedy")
+    )
+    time = f"{len(run['iterations'])} iterations and {run['seconds'] / 60:.0f} minutes"
+    return f"{sampled} of the test problems sampled, and from {greedy} greedy, in {time}"
+
+
+def pass_at(file: str) -> dict[str, str]:
+    """What `evaluate.py --num_samples 64` printed, by k."""
+    return dict(re.findall(r"pass@(\d+) +(.*%)", (RESULTS / "smollm2" / file).read_text()))
+
+
+def smollm2_pass_at_k() -> str:
+    base, trained = pass_at("base_pass_at_k.txt"), pass_at("trained_pass_at_k.txt")
+    rows = [[k, base[k], trained[k]] for k in ("1", "4", "16", "64")]
+    return table(["k", "pass@k, before", "pass@k, after"], rows)
+
+
+def constant_rate() -> str:
+    first, *later = validations(committed("smollm2/constant_rate"))
+    shares = [f"{e['accuracies']['sampled']['accuracy']:.1%} after {e['iteration']}" for e in later]
+    return " and ".join(shares) + " iterations"
+
+
+def presets() -> str:
+    """A row for each setting in which the presets differ."""
+    values = {name: {**asdict(Config()), **preset} for name, preset in PRESETS.items()}
+    rows = []
+    for setting in sorted(set().union(*PRESETS.values()), key=list(WHY).index):
+        texts = (str(preset[setting]) for preset in values.values())
+        shown = [f"`{text}`" if "<" in text else text for text in texts]
+        rows.append([f"`{setting}`", *shown, WHY[setting]])
+    return table(["setting", *(f"`{name}`" for name in PRESETS), "why"], rows)
+
+
+WHY = {
+    "model_name": "the recipe's model; a smaller real one; the bundled one",
+    "rewards": "SmolLM2 writes its steps before the answer",
+    "system_prompt": "",
+    "num_examples": "without worked examples SmolLM2 never writes the tags",
+    "show_steps": "asked for its steps, SmolLM2 is right four times as often",
+    "learning_rate": "small models barely move at 1e-7",
+    "lr_schedule": "at a constant 5e-5 SmolLM2's accuracy stalls",
+    "batch_size": "a higher rate needs a steadier gradient",
+    "num_generations": "shared prefixes make large groups cheap",
+    "max_new_tokens": "room for the steps",
+    "num_iterations": "small models at a high rate need fewer",
+    "num_inner_updates": "fewer updates on more samples",
+    "kl_estimator": "the recipe's; the paper's",
+    "eval_every": "its iterations take longer",
+    "dtype": "bfloat16 halves SmolLM2's time on a CPU",
+}
+
+
+# Benchmarks
+
+
+def benchmark(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+
+def trl() -> str:
+    header = ["model", "batch", "completions", "this loop", "TRL", "ratio (by round)"]
+    header += ["memory, this loop", "memory, TRL"]
+    rows = []
+    for ending in ("", "_smollm2", "_worst_case"):
+        found = benchmark(f"vs_trl{ending}")
+        work, by_round = found["work"], found["ratio_by_round"]
+        shape = f"{work['batch_size']} x {work['num_generations']}"
+        cells = ["SmolLM2-135M, bfloat16" if "smollm2" in ending else "bundled, float32"]
+        cells += [f"{shape}, {work['num_inner_updates']} updates"]
+        cells += ["worst case" if work["endless"] else "natural"]
+        cells += [f"{found[loop]['seconds']:.3g} s" for loop in ("ours", "trl")]
+        cells.append(f"{found['ratio']:.1f} ({min(by_round):.1f} to {max(by_round):.1f})")
+        cells += [f"{found[loop]['peak_memory_mib']:,.0f} MiB" for loop in ("ours", "trl")]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def trl_groups() -> str:
+    rows = []
+    for point in benchmark("vs_trl_groups")["points"]:
+        seconds = [f"{point[loop]['seconds']:.3g} s" for loop in ("ours", "trl")]
+        rows.append([point["num_generations"], *seconds, f"{point['ratio']:.1f}"])
+    return table(["G", "this loop", "TRL", "ratio"], rows)
+
+
+def trl_accuracy() -> str:
+    names = [f"{what}, {loop}" for what in KINDS for loop in ("this loop", "TRL")]
+    found, rows = benchmark("vs_trl_accuracy"), []
+    for points in zip(found["ours"], found["trl"], strict=True):
+        cells = [f"{points[0]['seconds']:.0f}", *(point["iterations"] for point in points)]
+        for kind in ("sampled", "greedy"):
+            cells += [percent(point["accuracies"][kind]["accuracy"]) for point in points]
+        rows.append(cells)
+    return table(["seconds of training", *names], rows)
+
+
+KINDS = ("iterations", "sampled", "greedy")
+
+
+def roofline() -> str:
+    models = benchmark("roofline"), benchmark("roofline_smollm2")
+    header = [f"{m}, {what}" for m in ("bundled", "SmolLM2") for what in ("floor", "actual")]
+    header = ["phase", *header[:2], "ratio", *header[2:], "ratio"]
+    rows = []
+    for phase in models[0]["seconds"]:
+        cells = [phase]
+        for found in models:
+            actual, floor = found["seconds"][phase], found["floor"].get(phase, {}).get("shapes")
+            cells += [f"{floor:.3f} s" if floor else "", f"{actual:.3f} s"]
+            cells.append(f"{actual / floor:.1f}" if floor else "")
+        rows.append(cells)
+    return table(header, rows)
+
+
+def scaling() -> str:
+    header = ["processes", "problems", "scaling", "seconds", "efficiency", "MB sent"]
+    rows = []
+    for run in benchmark("distributed")["runs"]:
+        cells = [run[name] for name in ("processes", "batch_size", "scaling")]
+        cells += [f"{run['seconds']:.3f}", f"{run['efficiency']:.2f}"]
+        cells += [f"{run['mb_sent_per_process']:,.0f}", f"{run['allreduce_alone']:.3f} s"]
+        rows.append(cells)
+    return table([*header, "all-reduce alone"], rows)
+
+
+# healthy.md
+
+
+def mean(run: str, name: str, first: int, last: int) -> float:
+    """The mean of a metric over the iterations first to last."""
+    return fmean(m[name] for m in committed(run)["iterations"][first - 1 : last])
+
+
+def changed(run: str, base: str) -> str:
+    """The flags that made a run another one than its base."""
+    ours, theirs = committed(run)["config"], committed(base)["config"]
+    flags = {n: v for n, v in ours.items() if v != theirs[n] and n != "output_dir"}
+    return " ".join(f"`--{n} {short(v)}`" for n, v in flags.items())
+
+
+def group_table(groups: dict[str, tuple[str, int]]) -> str:
+    """The most frequent completions of logged groups: a run and its iteration by label."""
+    rows = []
+    for label, (run, iteration) in groups.items():
+        lines = (RESULTS / run / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
+        [group] = [g for g in map(json.loads, lines) if g["iteration"] == iteration]
+        said = Counter((c["text"], c["advantage"]) for c in group["completions"])
+        texts = [f"{n} x `{text}` ({adv:+.2f})" for (text, adv), n in said.most_common(3)]
+        rows.append([label, iteration, group["question"], group["answer"], ", ".join(texts)])
+    return table(["run", "iteration", "question", "answer", "completions (advantage)"], rows)
+
+
+def healthy_means() -> str:
+    names = ("reward", "accuracy", "kl", "entropy", "frac_zero_std_groups", "truncated")
+    names += ("completion_length",)
+    windows = [("good", 1), ("good", 251), ("rate too high", 151), ("rate too high", 251)]
+    windows += [("no signal", 251), ("truncation", 251)]
+    rows = []
+    for label, first in windows:
+        run = "healthy/" + label.replace(" ", "_")
+        means = [mean(run, name, first, first + 49) for name in names]
+        cells = ["< 0.001" if 0 < value < 0.001 else f"{value:.2f}" for value in means]
+        rows.append([label, changed(run, "healthy/good"), f"{first} to {first + 49}", *cells])
+    return table(["run", "flags", "iterations", *(f"`{name}`" for name in names)], rows)
+
+
+def healthy_losses() -> str:
+    windows = [("good", 1, 1), ("good", 251, 300), ("rate_too_high", 1, 1), ("one_update", 1, 300)]
+    rows = []
+    for name, first, last in windows:
+        run = f"healthy/{name}"
+        loss, penalty, clipped = (
+            mean(run, metric, first, last) for metric in ("loss", "kl_penalty", "clip_fraction")
+        )
+        shown = f"{loss:,.0f}" if loss > 100 else f"{loss:.4f}"
+        when = f"{first} to {last}" if last > first else first
+        cells = [shown, f"{committed(run)['config']['beta'] * penalty:.4f}", percent(clipped)]
+        rows.append([name.replace("_", " "), changed(run, "healthy/good"), when, *cells])
+    header = ["run", "flags", "iterations", "loss", "`beta` x `kl_penalty`", "`clip_fraction`"]
+    return table(header, rows)
+
+
+def broken_at() -> str:
+    """The iteration from which on every completion of the run is truncated and earns nothing."""
+    history = committed("healthy/rate_too_high")["iterations"]
+    healthy = [i for i, m in enumerate(history, 1) if m["truncated"] < 1 or m["reward"] > 0]
+    return str(healthy[-1] + 1)
+
+
+BYTES = 20  # per parameter: weight 4, gradient 4, Adam's moments 8, reference and cast weights 4
+FITS = {0.5: "24 GB card", 1.5: "48 GB card", 7: "no single 80 GB card"}  # with activations
+
+
+def memory_measured() -> str:
+    weights = load_file(ROOT / "tiny_model" / "model.safetensors")
+    bundled = sum(tensor.size for tensor in weights.values())
+    rows = []
+    for model, parameters, run in (
+        ("bundled, float32", bundled, "tiny/seed0"),
+        ("SmolLM2-135M, bfloat16", 134_515_008, "smollm2/seed0"),
+    ):
+        formula, peak = parameters * BYTES / 2**20, committed(run)["peak_memory_mib"]
+        rows.append([model, f"{parameters / 1e6:,.2f}M", f"{formula:,.0f} MiB", f"{peak:,.0f} MiB"])
+    return table(["model", "parameters", "by formula", "peak, measured"], rows)
+
+
+def memory_computed() -> str:
+    rows = [[f"{n:g}B", *(f"{b * n:.0f} GB" for b in (16, 4, BYTES)), FITS[n]] for n in FITS]
+    header = ["size", "weights, gradients, Adam", "reference, cast", "together"]
+    return table([*header, "fits, with room for activations"], rows)
+
+
+# lessons.md
+
+
+def judges() -> str:
+    rows = []
+    for run in ("last_number", "substring", "within_10", "within_1", "exact"):
+        first, *_, last = validations(lesson_run(run))
+        [rule] = [part for part, weight in lesson_run(run)["reward_weights"].items() if weight]
+        earned = [f"{part_of(p)(first):.1%} to {part_of(p)(last):.1%}" for p in (rule, "exact")]
+        rows.append([f"`{rule}`", *earned])
+    header = ["rule that trains", "answers that earn it, before to after"]
+    return table([*header, "answers that earn `exact`"], rows)
+
+
+def forgetting() -> str:
+    """Medians and means over the end of each run: 50 iterations, five validations."""
+    rows = []
+    for metrics in map(lesson_run, sum(figures.FORGETTING, [])):
+        config, last = metrics["config"], validations(metrics)[-5:]
+        kl = median(m["kl"] for m in metrics["iterations"][-50:])
+        off_task = fmean(e["off_task"]["accuracy"] for e in last)
+        kinds = [fmean(accuracy_of(kind, e) for e in last) for kind in ("sampled", "greedy")]
+        cells = [short(config["learning_rate"]), config["seed"], short(config["beta"]), f"{kl:.2f}"]
+        rows.append([*cells, *map(percent, (off_task, *kinds))])
+    header = ["learning rate", "seed", "`beta`", "`kl`, median", "off-task sums right"]
+    return table([*header, "sampled", "greedy"], rows)
+
+
+def stopping() -> str:
+    """Where flags would have ended runs, by the trainer's own rule."""
+    all_flags = {"none": {}} | {f"`{flag}`": settings for flag, settings in figures.STOPS.items()}
+    cases = [(run, flag) for run in figures.PAST_BEST.values() for flag in all_flags]
+    rows = []
+    for run, flag in [("base_s0", "none"), *cases, ("lr5e-4_beta0_s0", "none")]:
+        seen = figures.stopped(lesson_run(run), **all_flags[flag])
+        best, first, last = best_iteration(seen), seen["evaluations"][0], seen["evaluations"][-1]
+        [saved] = [e for e in seen["evaluations"] if e["iteration"] == best]
+        accuracies = [percent(accuracy_of("sampled", e)) for e in (first, saved, last)]
+        label = changed(f"lessons/{run}", "lessons/base_s0") or "the preset"
+        cells = [label, flag, len(seen["iterations"]), best, *accuracies]
+        rows.append([*cells, percent(last["off_task"]["accuracy"])])
+    header = ["run", "stop", "ends at", "policy saved at", "accuracy, base model", "saved policy"]
+    return table([*header, "last policy", "off-task sums, last policy"], rows)
+
+
+def bases() -> str:
+    rows = []
+    for label, (base, name) in figures.BASES.items():
+        run, solved = f"lessons/{name}", figures.pass_at_of(base)
+        shares = [solved[k] for k in ("1", "8", "64")]
+        shares += [tested(run, kind)[-1]["accuracy"] for kind in ("sampled", "greedy")]
+        shares += [mean(run, "frac_zero_std_groups", 1, 50)]
+        rows.append([label, *map(percent, shares), f"{mean(run, 'entropy', 1, 10):.2f}"])
+    header = ["pre-trained", "pass@1", "pass@8", "pass@64", "sampled, after", "greedy, after"]
+    return table([*header, "equal groups, iterations 1 to 50", "entropy, 1 to 10"], rows)
+
+
+def tasks() -> str:
+    rows = []
+    for label, run in figures.TASKS.items():
+        solved = pass_at("spelling/base_pass_at_k.txt" if "spell" in run else "base_pass_at_k.txt")
+        config, history = committed(run)["config"], committed(run)["iterations"]
+        sampled = config["batch_size"] * config["num_generations"]
+        right = round(sum(m["accuracy"] for m in history) * sampled)
+        equal = fmean(m["frac_zero_std_groups"] for m in history)
+        test = [percent(a["accuracy"]) for a in tested(run, "sampled")]
+        trained = f"{right:,} of {sampled * len(history):,}"
+        rows.append([label, solved["1"], solved["64"], *test, trained, percent(equal)])
+    header = ["task", "pass@1, before", "pass@64, before", "sampled, before", "sampled, after"]
+    return table([*header, "exact in training", "groups with equal rewards"], rows)
+
+
+def letters() -> str:
+    """The share of right letters in the first and the last ten iterations of spelling."""
+    end = len(committed("smollm2/spelling")["iterations"])
+    windows = (1, 10), (end - 9, end)
+    return " to ".join(
+        f"{mean('smollm2/spelling', 'reward_letters', *window):.0%}" for window in windows
+    )
+
+
+OWN_PROBLEMS = {f"reasoning/seed{n}": "reasoning, seed {seed}" for n in range(2)}
+OWN_PROBLEMS |= {"spelling": "spelling, seed {seed}"}
+HEALTHY_GROUPS = {
+    "good": ("healthy/good", 275),
+    "rate too high": ("healthy/rate_too_high", 200),
+    "no signal": ("healthy/no_signal", 275),
+    "truncation": ("healthy/truncation", 275),
+}
+JUDGED_GROUPS = {f"`{run}`": (f"lessons/{run}", 100) for run in ("last_number", "within_10")}
+# What stands between the markers of a page, by the name in the marker.
+GENERATED: dict[str, Callable[[], str]] = {
+    "tiny_runs": lambda: result_table({f"tiny/seed{n}": "seed {seed}" for n in range(3)}),
+    "smollm2_run": lambda: result_table({"smollm2/seed0": "seed {seed}"}),
+    "reference_run": lambda: result_table({"tiny_reference": "learning rate {learning_rate}"}),
+    "own_problem_runs": lambda: result_table(OWN_PROBLEMS),
+    "presets": presets,
+    "smollm2_headline": smollm2_headline,
+    "smollm2_pass_at_k": smollm2_pass_at_k,
+    "constant_rate": constant_rate,
+    "ablation_means": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[0]),
+    "ablation_differences": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[1]),
+    "trl": trl,
+    "trl_groups": trl_groups,
+    "trl_accuracy": trl_accuracy,
+    "roofline": roofline,
+    "scaling": scaling,
+    "healthy_means": healthy_means,
+    "healthy_groups": lambda: group_table(HEALTHY_GROUPS),
+    "healthy_losses": healthy_losses,
+    "broken_at": broken_at,
+    "memory_measured": memory_measured,
+    "memory_computed": memory_computed,
+    "judges": judges,
+    "judged_groups": lambda: group_table(JUDGED_GROUPS),
+    "forgetting": forgetting,
+    "stopping": stopping,
+    "bases": bases,
+    "tasks": tasks,
+    "letters": letters,
+}
