@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 
 from engine.cli import check_settings
-from engine.files import UserError, exit_code, usage_error
+from engine.files import ScriptParser, UserError, exit_code
 from engine.metrics import describe
 from engine.policy import Policy
 from engine.prompt import read_prompt
@@ -75,9 +75,7 @@ def load(config: Config, changed: list[str]) -> tuple[Policy, Task]:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = usage_error
+    parser = ScriptParser(__doc__)
     parser.add_argument("--model", help="folder or hub id; default: saved_model/ if present")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--num_samples", type=int, default=1, help="per problem, for pass@k")

@@ -9,7 +9,6 @@ verified before it is opened. The folder appears only when it is complete, so th
 interrupted and repeated at any time.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -30,11 +29,11 @@ from transformers.utils import is_accelerate_available, is_gguf_available
 
 from engine.files import (
     ROOT,
+    ScriptParser,
     UserError,
     exit_code,
     replace_folder,
     sha256,
-    usage_error,
     write_json,
 )
 from engine.models import SOURCE_FILE, load_model, read_source
@@ -181,9 +180,7 @@ def fetch(source: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = usage_error
+    parser = ScriptParser(__doc__)
     parser.add_argument("--source", choices=SOURCES, default="pip", help="where to get it from")
     source = SOURCES[parser.parse_args(argv).source]
     try:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from engine.cli import check_text
-from engine.files import ROOT, UserError, exit_code, read_file, usage_error
+from engine.files import ROOT, ScriptParser, UserError, exit_code, read_file
 from engine.machine import choose_device, choose_dtype
 from engine.models import choose_preset, load_model, model_folder
 from engine.policy import Policy
@@ -102,9 +102,7 @@ def most_common_answer(completions: list[str], parse: Callable) -> str:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = usage_error
+    parser = ScriptParser(__doc__)
     parser.add_argument("question", nargs="?", help="default: read questions from standard input")
     parser.add_argument("--model", help="folder or hub id; default: saved_model/ if present")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")

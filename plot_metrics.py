@@ -7,7 +7,6 @@ Writes grpo_training_curve.png (reward and accuracy) and grpo_kl_divergence.png 
 file, or to --output_dir (with several files: the current folder by default).
 """
 
-import argparse
 import io
 import sys
 from itertools import cycle
@@ -17,15 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
-from engine.files import (
-    METRICS_FILE,
-    UserError,
-    exit_code,
-    prepare_output_dir,
-    read_json,
-    usage_error,
-    write_bytes,
-)
+from engine.files import METRICS_FILE, ScriptParser, UserError, exit_code, read_json, write_bytes
 
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
@@ -128,7 +119,7 @@ def draw(paths: list[Path], output: Path) -> None:
     runs = [read_metrics(path) for path in paths]
     names = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
     labels = [name.replace("$", r"\$") for name in names]  # a pair of $ would start a formula
-    prepare_output_dir(output)
+    output.mkdir(parents=True, exist_ok=True)
     style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 4), layout="constrained")
@@ -176,9 +167,7 @@ def draw(paths: list[Path], output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.error = usage_error
+    parser = ScriptParser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, default=[Path(METRICS_FILE)])
     parser.add_argument("--output_dir", type=Path, help="folder for the plots")
     args = parser.parse_args(argv)

@@ -1,85 +1,91 @@
-"""What the benchmarks share: the work they time, its memory, and how results are written."""
+"""What the benchmarks share: what is trained, its memory, settings and result files."""
 
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
-from engine import distributed
-from engine.checkpoint import prepare_output_dir, write_json
-from engine.cli import Parser, check_ranges
-from engine.models import describe_environment, model_folder, peak_memory
+from engine.cli import Parser, check_settings, setting
+from engine.files import write_json
+from engine.machine import describe_environment, peak_memory
+from engine.models import model_folder
 from engine.policy import Rollout
-from train_grpo import Config, TrainState
+from train_grpo import Config, Learner, Task
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """What a loop has to train."""
 
     config: Config
-    endless: bool = False  # nothing ends a completion before max_new_tokens
+    endless: bool = False  # no completion ends before max_new_tokens
 
     def describe(self) -> dict:
         """The work as a result file records it."""
-        model = Path(self.config.model_name).name  # a random model lies in a temporary folder
+        model = Path(self.config.model_name).name  # a random model is in a temporary folder
         return asdict(self.config) | {"model_name": model, "endless": self.endless}
 
 
 # k3, because TRL has no other KL term.
+SHARED = {"device": "cpu", "kl_estimator": "k3"}
+BUNDLED = {"batch_size": 6, "num_generations": 16, "num_inner_updates": 2, "learning_rate": 2e-5}
+# The reference recipe, with worked examples: without them SmolLM2 never writes the tags.
+SMOLLM2 = {"dtype": "bfloat16", "num_examples": 3}
 WORKS = {
-    "bundled": Work(
-        Config(
-            model_name="tiny_model",
-            device="cpu",
-            batch_size=6,
-            num_generations=16,
-            num_inner_updates=2,
-            learning_rate=2e-5,
-            kl_estimator="k3",
-        )
-    ),
-    # The reference recipe, asked with worked examples: without them it never writes the tags.
-    "smollm2": Work(
-        Config(
-            model_name="models/SmolLM2-135M-Instruct",
-            device="cpu",
-            dtype="bfloat16",
-            num_examples=3,
-            kl_estimator="k3",
-        )
-    ),
+    "bundled": Work(Config(model_name="tiny_model", **SHARED, **BUNDLED)),
+    "smollm2": Work(Config(model_name="models/SmolLM2-135M-Instruct", **SHARED, **SMOLLM2)),
 }
 
 
-def worst_case(work: Work, folder: Path) -> Work:
-    """The same work with random weights and no end token.
+@dataclass
+class ModelSettings:
+    """Settings of a benchmark that runs on either model."""
 
-    All completions have full length and next to nothing in common.
-    """
-    model = write_random_model(work.config.model_name, folder / "random")
-    return Work(replace(work.config, model_name=model), endless=True)
+    model: Literal["bundled", "smollm2"] = setting("bundled", "the model and its recipe")
+    output: str = setting("", "result file; by default it goes beside this script")
+
+    def result_file(self, name: str, ending: str = "") -> Path:
+        """`output`; by default {name}{ending}.json here, with the model's name if not bundled."""
+        model = "" if self.model == "bundled" else f"_{self.model}"
+        return Path(self.output or HERE / f"{name}{model}{ending}.json")
+
+
+def read_settings(settings: type, description: str, argv: list[str] | None):
+    """A benchmark's settings from its command line. Raises UserError."""
+    parser = Parser(settings, description=description.split("\n")[0], allow_abbrev=False)
+    found = settings(**vars(parser.parse_args(argv)))
+    check_settings(found)
+    return found
 
 
 def write_random_model(source: str, folder: Path, **changes) -> str:
-    """Write an untrained model like `source`, apart from these changes to its config."""
+    """Write an untrained model like `source`, with these changes to its config."""
     config = AutoConfig.from_pretrained(model_folder(source), **changes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder(source)).save_pretrained(folder)
     return str(folder)
+
+
+def worst_case(work: Work, folder: Path) -> Work:
+    """The same work with random weights and no end token.
+
+    All completions have full length and share next to nothing.
+    """
+    model = write_random_model(work.config.model_name, folder / "random")
+    return Work(replace(work.config, model_name=model), endless=True)
 
 
 def never_end(model, tokenizer) -> None:
@@ -89,14 +95,13 @@ def never_end(model, tokenizer) -> None:
     assert tokenizer.eos_token_id >= model.config.vocab_size
 
 
-def start(work: Work) -> TrainState:
+def start(work: Work) -> tuple[Task, Learner]:
     """Set up a training as train_grpo.py does, silently."""
     with redirect_stdout(None):
-        state = train_grpo.set_up(work.config)
-    state.learner = distributed.wrap_ddp(state.policy)
+        task, learner = train_grpo.set_up(work.config)
     if work.endless:
-        never_end(state.policy.model, state.tokenizer)
-    return state
+        never_end(learner.policy.model, task.tokenizer)
+    return task, learner
 
 
 @contextmanager
@@ -110,14 +115,6 @@ def recorded_rollouts() -> Iterator[list[Rollout]]:
 
     with patch.object(train_grpo, "rollout", record):
         yield rollouts
-
-
-def read_settings(settings: type, description: str, argv: list[str] | None):
-    """A benchmark's settings from its command line; raises UserError for what is out of range."""
-    parser = Parser(settings, description=description.split("\n")[0], allow_abbrev=False)
-    found = settings(**vars(parser.parse_args(sys.argv[1:] if argv is None else argv)))
-    check_ranges(found)
-    return found
 
 
 def memory() -> float:
@@ -137,6 +134,6 @@ def write_result(path: Path, result: dict) -> None:
     with suppress(PackageNotFoundError):
         machine["trl"] = version("trl")
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    prepare_output_dir(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"date": date, "environment": machine, **result})
     print(f"wrote {path}")

@@ -5,7 +5,7 @@ import re
 
 from transformers import HfArgumentParser
 
-from engine.files import UserError, usage_error
+from engine.files import UserError
 
 UNPRINTABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -20,7 +20,7 @@ class Parser(HfArgumentParser):
         return super().add_argument(*flags, **options)
 
     def error(self, message: str):
-        usage_error(message)
+        raise UserError(f"{message} (--help lists every setting)")
 
 
 def setting(default, text: str, low=None, high=None):

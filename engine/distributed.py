@@ -9,13 +9,7 @@ the functions here do nothing.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    contextmanager,
-    nullcontext,
-    redirect_stdout,
-)
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -141,16 +135,6 @@ def broadcast_object(function: Callable, *arguments):
     with sync_errors():
         result = function(*arguments) if rank() == 0 else None
     return all_gather(result)[0]
-
-
-@contextmanager
-def rank_zero_only(manager: AbstractContextManager) -> Iterator[None]:
-    """Enter a context manager on rank 0 alone. If that fails, all processes stop."""
-    with ExitStack() as stack:
-        with sync_errors():
-            if rank() == 0:
-                stack.enter_context(manager)
-        yield
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:

@@ -4,6 +4,7 @@ New content is written to a temporary name, flushed to disk, and renamed into pl
 so that a script that only reads JSON starts at once.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -25,9 +26,15 @@ class UserError(Exception):
     """An error that the user can fix: one line on standard error, exit code 2, no traceback."""
 
 
-def usage_error(message: str):
-    """Takes the place of an argument parser's `error`. Raises UserError."""
-    raise UserError(f"{message} (--help lists every setting)")
+class ScriptParser(argparse.ArgumentParser):
+    """Takes a script's flags; --help shows its docstring, errors are UserErrors."""
+
+    def __init__(self, doc: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists every flag)")
 
 
 def exit_code(main: Callable[[], int]) -> int:
@@ -127,33 +134,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare_output_dir(path: Path) -> None:
-    """Create `path` and check that it is writable. Raises UserError."""
-    probe = path / ".write_test"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = f"cannot be written ({getattr(error, 'strerror', error)}); choose another folder"
-        raise UserError(f"--output_dir {path} {reason}") from error
-
-
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
     """Lock `path` for one run. Raises UserError if it is taken, or if a write fails inside."""
-    prepare_output_dir(path)
-    lock = FileLock(path / ".lock")  # the operating system frees it if the run dies
     try:
-        with lock.acquire(timeout=0):
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / ".lock").acquire(timeout=0):  # the system frees it if the run dies
             yield
     except Timeout as error:
         text = f"another run is writing to {path.resolve()}; choose another --output_dir"
         raise UserError(text) from error
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
         failed, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        text = f"cannot write {failed or path}: {reason or error}. The last checkpoint in {path} is"
-        raise UserError(f"{text} intact; fix this and rerun with --resume") from error
+        raise UserError(
+            f"cannot write {failed or path}: {reason or error}; choose another --output_dir, or fix"
+            f" this: the last checkpoint in {path} is intact, and --resume goes on from it"
+        ) from error
 
 
 def replace_folder(new: Path, target: Path) -> None:

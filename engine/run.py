@@ -121,7 +121,9 @@ class Run:
         self.stop_signal, self.ending = 0, None
         self.metrics = self.new_metrics()
         with ExitStack() as stack:
-            stack.enter_context(distributed.rank_zero_only(files.locked_folder(self.output)))
+            with distributed.sync_errors():
+                if self.writes:
+                    stack.enter_context(files.locked_folder(self.output))
             self.received = stack.enter_context(received_signals())
             self.resume()
             self.resources = stack.pop_all()

@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_intact(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))  # a checkpoint file has 4 MB
     try:
-        with pytest.raises(UserError, match="File too large.*rerun with --resume"):
+        with pytest.raises(UserError, match="File too large.*--resume goes on"):
             train_grpo.main(
                 arguments("--num_iterations", 9, *NEVER, "--resume", "--output_dir", tmp_path)
             )
