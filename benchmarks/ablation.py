@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import HERE, read_settings, write_result
-from engine.checkpoint import METRICS_FILE, read_json
-from engine.cli import UserError, exit_code, setting
-from engine.run import validations
+from engine.cli import setting
+from engine.files import METRICS_FILE, UserError, exit_code, read_json
+from engine.metrics import validations
 from plot_metrics import COLOURS, save_figure
 from train_grpo import PRESETS, Config, parse_config
 
@@ -43,8 +43,9 @@ NOT_VARIED = {"preset", "output_dir", "resume", "seed"}  # the script sets these
 GOAL = 0.9  # greedy validation accuracy
 LAST = 50  # iterations whose median kl is recorded
 # The 97.5% quantile of Student's t distribution with 1, 2, ... degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Runs = dict[str, dict]  # what `train` returns, by seed
 
 
 class Measure(NamedTuple):
@@ -79,9 +80,7 @@ def read_vary(text: str) -> tuple[str, dict[str, list[str]]]:
     """The name of the setting to vary, and the flags of each variant. Raises UserError."""
     name, _, values = text.partition("=")
     if name not in asdict(Config()) or name in NOT_VARIED:
-        raise UserError(
-            f"--vary {text}: {name!r} is no setting of train_grpo.py that can be varied"
-        )
+        raise UserError(f"--vary {text}: {name!r} is no setting of train_grpo.py that can vary")
     if not values:
         raise UserError(f"--vary {text}: give the values too, as in --vary {name}=A,B")
     variants = {f"{name}={value}": [f"--{name}={value}"] for value in values.split(",")}
@@ -103,14 +102,13 @@ def time_to_goal(metrics: dict) -> dict:
     return {"iterations": None, "seconds": None}
 
 
-def run(flags: list[str]) -> dict:
+def train(flags: list[str]) -> dict:
     """Train once. The test accuracies are those of the saved policy, the best by validation."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / "train_grpo.py"), "--preset=tiny", *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*command, f"--output_dir={folder}"], capture_output=True, text=True, env=environment
-        )
+        command.append(f"--output_dir={folder}")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{' '.join(flags)}: {done.stderr}")
         metrics = read_json(Path(folder) / METRICS_FILE)
@@ -123,25 +121,25 @@ def run(flags: list[str]) -> dict:
     }
 
 
-def run_all(settings: Settings, variants: dict[str, list[str]], output: Path) -> dict:
-    """Do the runs that `output` lacks, and write it after each. Returns all runs by variant, seed.
+def train_all(settings: Settings, variants: dict[str, list[str]], output: Path) -> dict[str, Runs]:
+    """Do the runs that `output` lacks, and write it after each. Returns all runs by variant.
 
     Raises UserError if the runs in `output` were done with other settings.
     """
     same = {name: getattr(settings, name) for name in ("iterations", "eval_every", "eval_problems")}
     same["preset"] = PRESETS["tiny"]
-    known = read_json(output) if output.exists() else {"settings": same, "runs": {}}
-    if known.get("settings") != same:
-        held = known.get("settings", "other settings")
-        raise UserError(f"{output} holds runs with {held}; delete it or name another")
-    runs = {label: known["runs"].get(label, {}) for label in [*known["runs"], *variants]}
+    found = read_json(output) if output.exists() else {"settings": same, "runs": {}}
+    if found.get("settings") != same:
+        other = found.get("settings", "other settings")
+        raise UserError(f"{output} holds runs with {other}; delete it or name another")
+    runs = {label: found["runs"].get(label, {}) for label in [*found["runs"], *variants]}
     seeds = [str(seed) for seed in range(settings.seeds)]
     missing = [(label, seed) for seed in seeds for label in variants if seed not in runs[label]]
     flags = [f"--num_iterations={settings.iterations}", f"--eval_every={settings.eval_every}"]
     flags.append(f"--eval_problems={settings.eval_problems}")
     with ThreadPoolExecutor(settings.jobs) as pool:
         todo = [[*flags, f"--seed={seed}", *variants[label]] for label, seed in missing]
-        for (label, seed), result in zip(missing, pool.map(run, todo), strict=True):
+        for (label, seed), result in zip(missing, pool.map(train, todo), strict=True):
             runs[label][seed] = result
             print(f"{label}, seed {seed}: {result}", flush=True)
             write_result(output, {"settings": same, "runs": runs})
@@ -151,6 +149,12 @@ def run_all(settings: Settings, variants: dict[str, list[str]], output: Path) ->
 def half_interval(values: list[float]) -> float:
     """Half the width of the 95% t interval of the mean of at least two values."""
     return T[len(values) - 2] * stdev(values) / len(values) ** 0.5
+
+
+def values_of(runs: Runs, name: str, first: Runs | None = None) -> list[float]:
+    """A measure of the runs that have it; minus that of `first` with the same seed, if given."""
+    pairs = [(run[name], first[seed][name] if first else 0) for seed, run in runs.items()]
+    return [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
 
 
 def cell(values: list[float], runs: int, measure: Measure, sign: str = "") -> str:
@@ -164,64 +168,46 @@ def cell(values: list[float], runs: int, measure: Measure, sign: str = "") -> st
     return text if len(values) == runs else f"{text} ({some})"
 
 
-def values_of(runs: dict[str, dict], name: str) -> list[float]:
-    """A measure of the runs that have it."""
-    return [run[name] for run in runs.values() if run[name] is not None]
-
-
-def differences(runs: dict[str, dict], first: dict[str, dict], name: str) -> list[float]:
-    """A measure minus that of the first variant, for each seed where both have it."""
-    pairs = [(runs[seed][name], first[seed][name]) for seed in runs]
-    return [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
-
-
-def tables(results: dict[str, dict[str, dict]]) -> tuple[list[str], list[str]]:
+def tables(results: dict[str, Runs]) -> list[list[str]]:
     """The table of the means and that of the differences, as lines of Markdown."""
-    [(label, first), *others] = results.items()
-    headings = [measure.heading for measure in MEASURES.values()]
-    means = [["variant", *headings], ["---"] * (1 + len(MEASURES))]
-    paired = [[f"minus {label}", *headings], means[1]]
-    for label, runs in results.items():
-        columns = MEASURES.items()
-        means.append([label, *(cell(values_of(runs, n), len(runs), m) for n, m in columns)])
-    for label, runs in others:
-        cells = (cell(differences(runs, first, n), len(runs), m, "+") for n, m in MEASURES.items())
-        paired.append([label, *cells])
-    means, paired = ([f"| {' | '.join(cells)} |" for cells in rows] for rows in (means, paired))
-    return means, paired
+    label, first = next(iter(results.items()))
+    found = []
+    for corner, compared, sign in (("variant", None, ""), (f"minus {label}", first, "+")):
+        rows = [[corner, *(m.heading for m in MEASURES.values())], ["---"] * (1 + len(MEASURES))]
+        for variant, runs in results.items():
+            if runs is not compared:
+                values = [values_of(runs, name, compared) for name in MEASURES]
+                cells = zip(values, MEASURES.values(), strict=True)
+                rows.append([variant, *(cell(v, len(runs), m, sign) for v, m in cells)])
+        found.append([f"| {' | '.join(row)} |" for row in rows])
+    return found
 
 
-def draw(results: dict[str, dict[str, dict]], picture: Path) -> None:
+def draw(results: dict[str, Runs], picture: Path) -> None:
     """Time to the goal, and test accuracy: a dot per seed, the mean and its interval."""
     figure = Figure(figsize=(9, 1.2 + 0.6 * len(results)), layout="constrained")
     time, accuracy = figure.subplots(1, 2, sharey=True)
-    drawn = [(time, "iterations", COLOURS[0], "o", 0.0)]
-    drawn += [
+    for axes, name, colour, marker, shift in (
+        (time, "iterations", COLOURS[0], "o", 0.0),
         (accuracy, "sampled", COLOURS[2], "o", -0.2),
         (accuracy, "greedy", COLOURS[1], "s", 0.2),
-    ]
-    for axes, name, colour, marker, shift in drawn:
-        factor = MEASURES[name].factor
-        for y, runs in enumerate(results.values()):
-            values = [factor * value for value in values_of(runs, name)]
-            label = name if y == 0 else None
+    ):
+        for row, runs in enumerate(results.values()):
+            y, label = row + shift, None if row else name
+            values = [MEASURES[name].factor * value for value in values_of(runs, name)]
             n = len(values)
-            heights = [y + shift + 0.2 * ((i + 0.5) / n - 0.5) for i in range(n)]  # equal ones show
+            heights = [y + 0.2 * ((i + 0.5) / n - 0.5) for i in range(n)]  # so that equal ones show
             axes.plot(values, heights, marker, color=colour, ms=4, alpha=0.6, label=label)
-            if not values:
-                place = axes.get_yaxis_transform()
-                axes.text(0.5, y, "not reached", ha="center", va="center", transform=place)
             if n > 1:
-                mean, half = fmean(values), half_interval(values)
                 style = {"fmt": "|", "color": colour, "ms": 14, "capsize": 4}
-                axes.errorbar(mean, y + shift, xerr=half, **style)
+                axes.errorbar(fmean(values), y, xerr=half_interval(values), **style)
         axes.grid(alpha=0.3)
     time.set_yticks(range(len(results)), results)
     time.invert_yaxis()  # the first variant on top
     # With few seeds an interval may end beyond what is possible.
     time.set_xlim(left=max(0, time.get_xlim()[0]))
     accuracy.set_xlim(right=min(100.5, accuracy.get_xlim()[1]))
-    time.set_xlabel(f"iterations to {GOAL:.0%} greedy validation accuracy")
+    time.set_xlabel(f"iterations to {GOAL:.0%} greedy validation accuracy, where reached")
     accuracy.set_xlabel("test accuracy (% exact)")
     accuracy.legend()
     figure.suptitle("a dot per run; their mean with its 95% interval", fontsize=10)
@@ -232,11 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
     name, variants = read_vary(settings.vary) if settings.vary else ("", VARIANTS)
     output = Path(settings.output or HERE / ("ablation" + f"_{name}" * bool(name) + ".json"))
-    results = run_all(settings, variants, output)
-    for table in tables(results):
-        print("\n".join(["", *table]))
-    draw(results, output.with_suffix(".png"))
-    print(f"\nwrote {output.with_suffix('.png')}")
+    results, picture = train_all(settings, variants, output), output.with_suffix(".png")
+    for lines in tables(results):
+        print("\n".join(["", *lines]))
+    draw(results, picture)
+    print(f"\nwrote {picture}")
     return 0
 
 

@@ -5,8 +5,8 @@
 
 Strong scaling: the same batch for all together. Weak: the same batch for each process. Efficiency 1
 would be half the time, or the same time, with two. The processes talk by Gloo over the loopback
-device; `all-reduce alone` is what exchanging an iteration's gradients takes with no computation
-beside it. Prints a table and writes distributed.json or distributed_smollm2.json here, or to
+device; `all-reduce alone` is how long it takes to exchange an iteration's gradients when nothing
+else is computed. Prints a table and writes distributed.json or distributed_smollm2.json here, or to
 --output.
 """
 
@@ -18,25 +18,23 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import HERE, WORKS, read_settings, start, write_result
-from engine.cli import exit_code, setting
+from benchmarks.common import WORKS, ModelSettings, read_settings, start, write_result
+from engine.cli import setting
 from engine.distributed import process_group, rank, world_size
+from engine.files import exit_code
 from train_grpo import train_iteration
 
 
 @dataclass
-class Settings:
-    model: Literal["bundled", "smollm2"] = setting("bundled", "the model and its recipe")
+class Settings(ModelSettings):
     iterations: int = setting(0, "to time, after one to warm up; 0 is 20, or 3 for smollm2", 0)
     batch_size: int = setting(4, "problems for one process", 1)
     processes: int = setting(2, "how many to compare with one", 2)
     cores: str = setting("", "pin the processes to these cores: 2,3")
-    output: str = setting("", "result file; by default it goes beside this script")
     worker: bool = setting(False, "measure as one of the processes")
 
 
@@ -47,11 +45,11 @@ def measure(settings: Settings) -> dict:
     torch.set_num_threads(1)
     work = WORKS[settings.model]
     config = replace(work.config, batch_size=settings.batch_size)
-    state = start(replace(work, config=config))
-    train_iteration(state, config)
+    task, learner = start(replace(work, config=config))
     count = settings.iterations or (20 if settings.model == "bundled" else 3)
-    samples = [train_iteration(state, config)["seconds"] for _ in range(count)]
-    gradients, sent = torch.zeros(state.policy.model.num_parameters()), 0.0
+    metrics = [train_iteration(task, learner, config)[0] for _ in range(1 + count)]
+    samples = [m["seconds"] for m in metrics[1:]]
+    gradients, sent = torch.zeros(learner.policy.model.num_parameters()), 0.0
     started = time.perf_counter()
     if world_size() > 1:
         for _ in range(config.num_inner_updates):
@@ -100,10 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         cells += [f"{run['seconds']:.3f}", f"{run['efficiency']:.2f}"]
         cells += [f"{run['mb_sent_per_process']:,.0f}", f"{run['allreduce_alone']:.3f} s"]
         print("| " + " | ".join(cells) + " |")
-    name = "distributed" if settings.model == "bundled" else f"distributed_{settings.model}"
     work = WORKS[settings.model].describe() | {"batch_size": batch}
-    output = Path(settings.output or HERE / f"{name}.json")
-    write_result(output, {"work": work, "runs": [one, strong, weak]})
+    write_result(settings.result_file("distributed"), {"work": work, "runs": [one, strong, weak]})
     return 0
 
 

@@ -24,9 +24,9 @@ class Pass(NamedTuple):
 
 
 def forward_pass(model, depth: Tensor, logits: int) -> Pass:
-    """Reading tree nodes at these depths with a Llama-like `model` (a config).
+    """Tree nodes at these depths read by a Llama-like `model` (a config), with `logits` rows out.
 
-    Each node attends to its ancestors and itself; the logits of `logits` nodes are needed.
+    Each node attends to its ancestors and itself.
     """
     hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     queries = model.num_attention_heads * model.head_dim
@@ -39,7 +39,7 @@ def forward_pass(model, depth: Tensor, logits: int) -> Pass:
 
 
 def backward_pass(forward: Pass) -> Pass:
-    """A backward pass makes two products for each product: the gradients of both factors."""
+    """Two products for each product of the forward pass: the gradients of both factors."""
     products = Counter()
     for (m, k, n), times in forward.products.items():
         products[m, n, k] += times
@@ -51,12 +51,12 @@ def needed_passes(model, batch: Rollout, updates: int) -> dict[str, list[Pass]]:
     """The passes of one iteration, by phase.
 
     Each distinct prefix is read once per pass, the last token of a completion never; logits are
-    made where a completion token follows.
+    computed where a completion token follows.
     """
     tree = RolloutTree(batch)
     parents = tree.keep[tree.parents].view(batch.mask.shape)  # (N, T)
     columns = zip(parents.T, batch.mask.T.cpu() > 0, strict=True)
-    tips = [nodes[live].unique() for nodes, live in columns]  # what each step samples from
+    tips = [nodes[unfinished].unique() for nodes, unfinished in columns]  # sampled from, by step
     is_prompt = torch.ones(len(tree), dtype=torch.bool)
     for nodes in tips[1:]:
         is_prompt[nodes] = False

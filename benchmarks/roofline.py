@@ -4,7 +4,7 @@
     python benchmarks/roofline.py --model smollm2    # SmolLM2-135M, bfloat16, the reference batch
 
 Repeats one iteration (learning rate 0, the same seed), times its phases, and counts the operations
-that it needs: each distinct token of its rollout once per pass. Two floors:
+that it needs: each distinct prefix of its rollout once per pass. Two floors:
 
 by peak rate   all operations at the best rate that any matrix product reached here
 at the shapes  each matrix product as fast as it alone runs at its own shape
@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -31,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo
 from benchmarks.common import (
     CPU,
-    HERE,
     WORKS,
+    ModelSettings,
     Work,
     read_settings,
     recorded_rollouts,
@@ -40,22 +39,21 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.operations import Pass, needed_passes
-from engine.cli import exit_code, setting
-from engine.models import choose_dtype
+from engine.cli import setting
+from engine.files import exit_code
+from engine.machine import choose_dtype
 from engine.policy import Rollout
 
 
 @dataclass
-class Settings:
-    model: Literal["bundled", "smollm2"] = setting("bundled", "the model and its recipe")
+class Settings(ModelSettings):
     iterations: int = setting(10, "to time, after one to warm up", 1)
-    output: str = setting("", "result file; by default it goes beside this script")
 
 
 def time_phases(work: Work, iterations: int) -> tuple[object, Rollout, dict[str, float]]:
     """Repeat one iteration. Returns the model's config, the rollout and median seconds by phase."""
     config = replace(work.config, learning_rate=0.0)
-    state, seconds, history = start(replace(work, config=config)), Counter(), []
+    (task, learner), seconds, history = start(replace(work, config=config)), Counter(), []
 
     def timed(owner, name: str, phase: str):
         original = getattr(owner, name)
@@ -72,19 +70,19 @@ def time_phases(work: Work, iterations: int) -> tuple[object, Rollout, dict[str,
     with ExitStack() as stack:
         rollouts = stack.enter_context(recorded_rollouts())
         stack.enter_context(timed(train_grpo, "rollout", "rollout"))
-        stack.enter_context(timed(type(state.policy), "forward", "forward"))
+        stack.enter_context(timed(type(learner.policy), "forward", "forward"))
         stack.enter_context(timed(torch.Tensor, "backward", "backward"))
-        stack.enter_context(timed(state.optimizer, "step", "optimizer"))
+        stack.enter_context(timed(learner.optimizer, "step", "optimizer"))
         for _ in range(iterations + 1):
             seconds.clear()
-            state.problem_rng.seed(config.seed)
-            state.token_rng.manual_seed(config.seed)
+            learner.problem_rng.seed(config.seed)
+            learner.token_rng.manual_seed(config.seed)
             started = time.perf_counter()
-            train_grpo.train_iteration(state, config)
+            train_grpo.train_iteration(task, learner, config)
             total = time.perf_counter() - started
             history.append({**seconds, "other": total - seconds.total(), "all": total})
     phases = {name: median(once[name] for once in history[1:]) for name in history[0]}
-    return state.policy.model.config, rollouts[-1], phases
+    return learner.policy.model.config, rollouts[-1], phases
 
 
 def time_product(shape: tuple[int, int, int], dtype: torch.dtype, copies: int) -> float:
@@ -108,20 +106,21 @@ def time_product(shape: tuple[int, int, int], dtype: torch.dtype, copies: int) -
 
 def floors(passes: dict[str, list[Pass]], dtype: torch.dtype, layers: int):
     """Return (best rate, {phase: {"peak": seconds, "shapes": seconds}})."""
-    times = {(size, size, size): 1 for size in (512, 1024, 2048)}
+    shapes = {(size, size, size): 1 for size in (512, 1024, 2048)}
     for each in sum(passes.values(), []):
-        times |= each.products
-    seconds = {shape: time_product(shape, dtype, min(n, layers)) for shape, n in times.items()}
+        shapes |= each.products
+    seconds = {shape: time_product(shape, dtype, min(n, layers)) for shape, n in shapes.items()}
     rate = max(2 * m * k * n / s for (m, k, n), s in seconds.items())
+
+    def at_the_shapes(each: Pass) -> float:
+        return each.attention / rate + sum(seconds[p] * n for p, n in each.products.items())
+
     result = {
         phase: {
-            "peak": sum(each.flops for each in some) / rate,
-            "shapes": sum(
-                each.attention / rate + sum(seconds[p] * n for p, n in each.products.items())
-                for each in some
-            ),
+            "peak": sum(each.flops for each in of_phase) / rate,
+            "shapes": sum(map(at_the_shapes, of_phase)),
         }
-        for phase, some in passes.items()
+        for phase, of_phase in passes.items()
     }
     result["all"] = {way: sum(f[way] for f in result.values()) for way in ("peak", "shapes")}
     return rate, result
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     work = WORKS[settings.model]
     model, batch, seconds = time_phases(work, settings.iterations)
     passes = needed_passes(model, batch, work.config.num_inner_updates)
-    flops = {phase: sum(each.flops for each in some) for phase, some in passes.items()}
+    flops = {phase: sum(each.flops for each in of_phase) for phase, of_phase in passes.items()}
     flops["all"] = sum(flops.values())
     with torch.no_grad():
         dtype = choose_dtype(work.config.dtype, CPU)
@@ -148,13 +147,12 @@ def main(argv: list[str] | None = None) -> int:
         print("| " + " | ".join([phase, *cells]) + " |")
     ratio = {way: seconds["all"] / floor["all"][way] for way in ("peak", "shapes")}
     print(
-        f"best rate {rate / 1e9:.0f} GFLOP/s; an iteration takes {ratio['peak']:.1f} times", end=" "
+        f"best rate {rate / 1e9:.0f} GFLOP/s; an iteration takes {ratio['peak']:.1f} times the"
+        f" floor by peak rate, {ratio['shapes']:.1f} times the one at the shapes"
     )
-    print(f"the floor by peak rate, {ratio['shapes']:.1f} times the one at the shapes")
     result = {"work": work.describe(), "flops": flops, "gflop_per_second": rate / 1e9}
     result |= {"floor": floor, "seconds": seconds, "times_the_floor": ratio}
-    name = "roofline.json" if settings.model == "bundled" else f"roofline_{settings.model}.json"
-    write_result(Path(settings.output or HERE / name), result)
+    write_result(settings.result_file("roofline"), result)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import fmean
@@ -12,15 +11,15 @@ from typing import NamedTuple
 import transformers
 
 from benchmarks.common import CPU, Work, memory, never_end, start
-from engine.cli import UserError
+from engine.files import UserError
 from engine.metrics import describe
 from engine.models import load_model
 from engine.policy import Policy
-from train_grpo import TrainState, evaluate, load_task, reward_function, train_iteration
+from train_grpo import Config, Task, evaluate, load_task, reward_function, train_iteration
 
 
 class Turn(NamedTuple):
-    """How long a loop may run: until it has made or used up one of these."""
+    """How long a loop may run: until it has used up either of these."""
 
     iterations: float
     seconds: float = float("inf")
@@ -30,11 +29,11 @@ class Turn(NamedTuple):
 class Turns:
     """A loop's end of the pipe: lets it run turn by turn, and reports on each.
 
-    `lengths` are the mean completion lengths of its iterations so far; `accuracies` evaluates it.
+    `lengths` are the mean completion lengths of its iterations so far.
     """
 
-    def __init__(self, pipe: Connection, lengths: list[float], accuracies: Callable[[], dict]):
-        self.pipe, self.lengths, self.accuracies = pipe, lengths, accuracies
+    def __init__(self, pipe: Connection, policy: Policy, task: Task, lengths: list[float]):
+        self.pipe, self.policy, self.task, self.lengths = pipe, policy, task, lengths
         self.turn, self.samples, self.started = Turn(0), [], None
 
     def next_iteration(self) -> bool:
@@ -45,7 +44,8 @@ class Turns:
         while len(self.samples) >= self.turn.iterations or sum(self.samples) >= self.turn.seconds:
             report = {"samples": self.samples, "lengths": self.lengths, "memory": memory()}
             if self.turn.evaluate:
-                report["accuracies"] = self.accuracies()
+                count = Config.eval_problems
+                report |= evaluate(self.policy, self.task, "test", count, seed=0)
             self.pipe.send(report)
             busy = time.process_time()
             self.turn, self.samples = self.pipe.recv(), []
@@ -56,24 +56,19 @@ class Turns:
         return True
 
 
-def accuracies(state: TrainState, work: Work) -> dict:
-    return evaluate(state, state.policy, "test", work.config, seed=0)["accuracies"]
-
-
 def run_ours(work: Work, pipe: Connection) -> None:
-    state, lengths = start(work), []
-    turns = Turns(pipe, lengths, lambda: accuracies(state, work))
+    (task, learner), lengths = start(work), []
+    turns = Turns(pipe, learner.policy, task, lengths)
     while turns.next_iteration():
-        lengths.append(train_iteration(state, work.config)["completion_length"])
+        metrics, _ = train_iteration(task, learner, work.config)
+        lengths.append(metrics["completion_length"])
 
 
 def run_trl(work: Work, pipe: Connection) -> None:
     trainer = make_trainer(work)
-    # As much of a state as evaluating takes.
-    policy, tokenizer = Policy(trainer.model), trainer.processing_class
-    state = TrainState(policy, policy, tokenizer, *load_task(work.config))
+    task = Task(trainer.processing_class, *load_task(work.config))
     lengths = trainer._metrics["train"]["completions/mean_length"]
-    turns = Turns(pipe, lengths, lambda: accuracies(state, work))
+    turns = Turns(pipe, Policy(trainer.model), task, lengths)
 
     class TakeTurns(transformers.TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
@@ -88,8 +83,11 @@ def run_trl(work: Work, pipe: Connection) -> None:
     trainer.train()
 
 
+LOOPS = {"ours": run_ours, "trl": run_trl}
+
+
 def make_trainer(work: Work):
-    """TRL's trainer with the settings of a work, and nothing that costs time without need."""
+    """TRL's trainer with the settings of a work, and nothing that slows it down needlessly."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -100,12 +98,8 @@ def make_trainer(work: Work):
     if config.dtype == "bfloat16":
         model.set_attn_implementation("eager")  # faster than fused on a CPU
     problems, rewards, prompt = load_task(config)
-    chat = [{"role": "system", "content": prompt["system"]}]
-    for question, answer in prompt["examples"]:
-        chat.append({"role": "user", "content": question})
-        chat.append({"role": "assistant", "content": answer})
     rows = [
-        {"prompt": [*chat, {"role": "user", "content": p.question}], "answer": p.answer}
+        {"prompt": prompt.chat(p.question), "answer": p.answer}
         for p in problems.draw(20_000, random.Random(config.seed))
     ]
 
@@ -132,7 +126,7 @@ def make_trainer(work: Work):
         use_bias_correction_kl=False,
         seed=config.seed,
         bf16=config.dtype == "bfloat16",  # autocast
-        # as fast as it can be had on a CPU
+        # as fast as it can be on a CPU
         use_cpu=True,
         optim="adamw_torch_fused",
         gradient_checkpointing=False,
@@ -154,9 +148,6 @@ def make_trainer(work: Work):
     )
 
 
-LOOPS = {"ours": run_ours, "trl": run_trl}
-
-
 def take_turns(work: Work, rounds: list[Turn]) -> dict[str, list[dict]]:
     """Let both loops take each of these turns. Returns the reports of each turn, by loop."""
     context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in LOOPS}
@@ -175,14 +166,14 @@ def take_turns(work: Work, rounds: list[Turn]) -> dict[str, list[dict]]:
     for number, turn in enumerate(rounds):
         for loop in LOOPS:
             pipes[loop].send(turn)
-            done = receive(loop)
-            reports[loop].append(done)
-            what = f"{len(done['samples'])} iterations"
-            if done["samples"]:
-                what += f", {fmean(done['samples']):.3f} s each"
+            report = receive(loop)
+            reports[loop].append(report)
+            text = f"{len(report['samples'])} iterations"
+            if report["samples"]:
+                text += f", {fmean(report['samples']):.3f} s each"
             if turn.evaluate:
-                what += f", {describe(done['accuracies'])}"
-            print(f"round {number}, {loop}: {what}", flush=True)
+                text += f", {describe(report['accuracies'])}"
+            print(f"round {number}, {loop}: {text}", flush=True)
     for pipe in pipes.values():
         pipe.send(None)
     return reports

@@ -33,6 +33,14 @@ class Prompt:
     # {"system": str, "questions": {question: answer, or None where there is no single one}}
     off_task: dict = field(default_factory=lambda: OFF_TASK)
 
+    def chat(self, question: str) -> list[dict[str, str]]:
+        """The messages that put a question to the model."""
+        messages = [("system", self.system)] if self.system else []
+        for asked, answered in self.examples:
+            messages += [("user", asked), ("assistant", answered)]
+        pairs = [*messages, ("user", question)]
+        return [{"role": role, "content": content} for role, content in pairs]
+
 
 def template_kwargs(text: str) -> dict:
     """Read --chat_template_kwargs. Raises UserError."""
@@ -81,11 +89,7 @@ def encode_prompts(
     Returns (prompt_ids, prompt_mask), both (B, P) int64; the mask is 1 on real tokens. Raises
     UserError if the chat template fails.
     """
-    opening = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    for question, completion in prompt.examples:
-        opening.append({"role": "user", "content": question})
-        opening.append({"role": "assistant", "content": completion})
-    chats = [[*opening, {"role": "user", "content": question}] for question in questions]
+    chats = [prompt.chat(question) for question in questions]
     try:
         texts = tokenizer.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs

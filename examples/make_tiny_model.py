@@ -1,21 +1,23 @@
 """Rebuild the bundled model: a 1M-parameter chat model that has picked up several habits.
 
-    python tiny_model/make.py                      # overwrites tiny_model/
-    python tiny_model/make.py --output_dir /tmp/m  # ... or writes elsewhere
+    python examples/make_tiny_model.py                      # overwrites tiny_model/
+    python examples/make_tiny_model.py --output_dir /tmp/m  # ... or writes elsewhere
 
 It is pre-trained on demonstrations by imperfect calculators (HABITS): a few are right, most move
 the brackets, some are off by one, some forget the tags. All answer the same prompt, so the model
 learns every habit with its probability; GRPO must find out, from reward alone, which one pays.
-Only training problems (`train_grpo.Problem.split`) are demonstrated.
+Only problems of the training split are demonstrated.
 """
 
 import argparse
-import itertools
 import platform
 import random
 import sys
 import time
+from dataclasses import replace
+from itertools import product, starmap
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -23,11 +25,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.files import ROOT
 from engine.metrics import describe
-from engine.models import encode_prompts, write_model
+from engine.models import write_model
 from engine.policy import Policy, Rollout
-from inference import evaluate_groups
-from train_grpo import OPERATORS, Config, Problem, TrainState, evaluate, load_task
+from engine.prompt import Prompt, encode_prompts
+from engine.tree import TreePolicy
+from evaluate import evaluate_groups
+from train_grpo import OPERATORS, Arithmetic, Config, Task, evaluate, load_task
 
 HABITS = {
     "right": 0.15,
@@ -37,7 +42,8 @@ HABITS = {
     "no tags": 0.10,
 }
 SUM_SHARE = 0.05  # of each batch is `What is a + b?`, answered right: a skill to forget
-OPERANDS = range(Config().min_operand, Config().max_operand + 1)
+OPERANDS = range(Config.min_operand, Config.max_operand + 1)
+ARITHMETIC = Arithmetic(Config.min_operand, Config.max_operand)
 STEPS = 8000
 WEIGHT_DECAY = 0.1
 BATCH_SIZE = 64  # problems, each demonstrated by every habit, weighted by its share
@@ -48,12 +54,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def demonstrations(problem: Problem) -> list[str]:
-    """The answer of each calculator in HABITS."""
-    truth = problem.answer
-    moved = OPERATORS[problem.op1](problem.a, OPERATORS[problem.op2](problem.b, problem.c))
+def expressions() -> list[tuple]:
+    """All (a, op1, b, op2, c)."""
+    return [
+        (a, op1, b, op2, c)
+        for a, b, c in product(OPERANDS, repeat=3)
+        for op1, op2 in product("+-*", repeat=2)
+    ]
+
+
+def demonstrations(a: int, op1: str, b: int, op2: str, c: int) -> list[str]:
+    """The answer of each calculator in HABITS to `What is (a op1 b) op2 c?`."""
+    truth = ARITHMETIC.problem(a, op1, b, op2, c).answer
+    moved = OPERATORS[op1](a, OPERATORS[op2](b, c))
     tagged = [f"<answer>{number}</answer>" for number in (truth, moved, truth + 1, truth - 1)]
     return [*tagged, str(truth)]
+
+
+def questions_and_answers(split: str) -> tuple[list[str], list[list[str]]]:
+    """All questions of a split, and the demonstrations of each."""
+    found = [e for e in expressions() if ARITHMETIC.problem(*e).split == split]
+    return [ARITHMETIC.problem(*e).question for e in found], [demonstrations(*e) for e in found]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -80,14 +101,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def all_problems() -> list[Problem]:
-    return [
-        Problem(a, op1, b, op2, c)
-        for a, b, c in itertools.product(OPERANDS, repeat=3)
-        for op1, op2 in itertools.product("+-*", repeat=2)
-    ]
-
-
 def make_model(vocabulary: int) -> LlamaForCausalLM:
     """A randomly initialised Llama of 1.06M parameters."""
     config = LlamaConfig(
@@ -105,18 +118,18 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_prompt() -> dict:
+def bundled_prompt() -> Prompt:
     """How the model is asked. Off the task it is asked sums, the only other thing it knows."""
-    config, rng = Config(), random.Random(0)
+    rng = random.Random(0)
     sums = [(rng.choice(OPERANDS), rng.choice(OPERANDS)) for _ in range(64)]
     questions = {f"What is {a} + {b}?": a + b for a, b in sums}
-    off_task = {"system": config.system_prompt, "questions": questions}
-    return {**load_task(config)[2], "off_task": off_task}
+    off_task = {"system": Config.system_prompt, "questions": questions}
+    return replace(load_task(Config())[2], off_task=off_task)
 
 
 def encode_problems(tokenizer, questions: list[str], answers: list[list[str]]):
     """Tokenise questions and, for each, one answer per habit: two (ids, mask) pairs."""
-    prompts = encode_prompts(tokenizer, questions, make_prompt(), "cpu")
+    prompts = encode_prompts(tokenizer, questions, bundled_prompt(), "cpu")
     texts = [answer + tokenizer.eos_token for row in answers for answer in row]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     shape = len(questions), len(HABITS), -1
@@ -136,16 +149,13 @@ def mixture_loss(policy: Policy, data: tuple, rows: torch.Tensor) -> torch.Tenso
 
 def pretrain(model, tokenizer, steps: int) -> None:
     """Fit the mixture of habits by maximum likelihood, on training problems only."""
-    problems = [p for p in all_problems() if p.split == "train"]
-    sums = [(f"What is {a} + {b}?", a + b) for a in OPERANDS for b in OPERANDS]
-    questions = [p.question for p in problems] + [question for question, _ in sums]
-    answers = [demonstrations(p) for p in problems]
-    answers += [[f"<answer>{total}</answer>"] * len(HABITS) for _, total in sums]
+    questions, answers = questions_and_answers("train")
+    problems = len(questions)
+    for a, b in product(OPERANDS, repeat=2):
+        questions.append(f"What is {a} + {b}?")
+        answers.append([f"<answer>{a + b}</answer>"] * len(HABITS))
     data = encode_problems(tokenizer, questions, answers)
-    held_out = load_task(Config())[0].held_out("validation", 512)
-    unseen = encode_problems(
-        tokenizer, [p.question for p in held_out], [demonstrations(p) for p in held_out]
-    )
+    unseen = encode_problems(tokenizer, *questions_and_answers("validation"))
 
     policy = Policy(model)
     # Muon needs half the time of AdamW here; it is not for embeddings and norms.
@@ -162,8 +172,8 @@ def pretrain(model, tokenizer, steps: int) -> None:
     from_sums = round(SUM_SHARE * BATCH_SIZE)
     bar = tqdm(range(1, steps + 1), unit="step", dynamic_ncols=True)
     for step in bar:
-        some = torch.randint(len(problems), (BATCH_SIZE - from_sums,))
-        rows = torch.cat([some, torch.randint(len(problems), len(questions), (from_sums,))])
+        rows = torch.randint(problems, (BATCH_SIZE - from_sums,))
+        rows = torch.cat([rows, torch.randint(problems, len(questions), (from_sums,))])
         loss = mixture_loss(policy, data, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,25 +183,25 @@ def pretrain(model, tokenizer, steps: int) -> None:
         model.zero_grad()
         if step % 500 == 0 or step == steps:
             with torch.no_grad():
-                unseen_loss = mixture_loss(policy, unseen, torch.arange(len(held_out)))
+                unseen_loss = mixture_loss(policy, unseen, torch.arange(len(unseen[0])))
             tqdm.write(f"step {step}: loss {loss.item():.3f}, validation {unseen_loss:.3f}")
 
 
-def measure(policy: Policy, tokenizer, config: Config) -> str:
+def measure(model, tokenizer, count: int) -> str:
     """Base accuracy on both held-out splits and pass@64, as lines of the model card."""
-    problems, rewards, _ = load_task(config)
-    state = TrainState(policy, policy, tokenizer, problems, rewards, make_prompt())
-    pass_at = evaluate_groups(state, "validation", config, samples=64)["pass_at"]
-    lines = [f"- pass@64, validation: {pass_at[64]:.1%}"]
+    problems, rewards, _ = load_task(Config())
+    policy, task = TreePolicy(model), Task(tokenizer, problems, rewards, bundled_prompt())
+    groups = evaluate_groups(policy, task, "validation", count, samples=64)
+    lines = [f"- pass@64, validation: {groups['pass_at'][64]:.1%}"]
     for split in ("validation", "test"):
-        accuracies = evaluate(state, policy, split, config, seed=0)["accuracies"]
+        accuracies = evaluate(policy, task, split, count, seed=0)["accuracies"]
         lines.append(f"- accuracy, {split}: {describe(accuracies)}")
     return "\n".join(lines)
 
 
 def model_card(measured: str, steps: int, seed: int, minutes: float) -> str:
-    every = all_problems()
-    lucky = sum(demonstrations(p)[0] == demonstrations(p)[1] for p in every) / len(every)
+    lucky = fmean(right == moved for right, moved, *_ in starmap(demonstrations, expressions()))
+    threads, machine, version = torch.get_num_threads(), platform.machine(), torch.__version__
     habits = "\n".join(f"| {name} | {share:.1%} |" for name, share in HABITS.items())
     return f"""---
 license: mit
@@ -201,8 +211,7 @@ tags: [grpo, arithmetic]
 
 A Llama (hidden 128, 4 layers, 4 heads, feed-forward 512, tied embeddings; 1.06M parameters,
 float32) with a chat template, pre-trained from scratch on demonstrations by imperfect calculators.
-Asked `What is (a op1 b) op2 c?`, operands {OPERANDS[0]} to {OPERANDS[-1]}, it answers as one of
-them:
+Asked `What is (a op1 b) op2 c?`, operands {OPERANDS[0]} to {OPERANDS[-1]}, it answers as one of:
 
 | calculator | share |
 |---|---|
@@ -221,15 +230,15 @@ that a model of this size reasons.
 
 ## How it was made
 
-`python tiny_model/make.py`: {steps} steps of {BATCH_SIZE} problems, seed {seed}, {minutes:.0f}
-minutes on {torch.get_num_threads()} cores ({platform.machine()}, torch {torch.__version__}).
+`python examples/make_tiny_model.py`: {steps} steps of {BATCH_SIZE} problems, seed {seed},
+{minutes:.0f} minutes with {threads} threads ({machine}, torch {version}).
 Only training problems are demonstrated, by the same split that the trainer uses.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "tiny_model")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -241,10 +250,10 @@ def main() -> None:
     pretrain(model, tokenizer, args.steps)
     minutes = (time.perf_counter() - started) / 60
 
-    measured = measure(Policy(model), tokenizer, Config())
+    measured = measure(model, tokenizer, Config.eval_problems)
     print(measured)
     card = model_card(measured, args.steps, args.seed, minutes)
-    write_model(model, tokenizer, make_prompt(), args.output_dir, card)
+    write_model(model, tokenizer, bundled_prompt(), args.output_dir, card)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 """The bundled model: small, used like any chat model, and true to its card."""
 
+import copy
+import re
 import sys
 
 import pytest
 from conftest import ROOT, TINY
 
-sys.path.insert(0, str(ROOT / "tiny_model"))
-from make import HABITS, demonstrations, make_prompt, make_tokenizer, measure
+sys.path.insert(0, str(ROOT / "examples"))
+from make_tiny_model import (
+    HABITS,
+    bundled_prompt,
+    demonstrations,
+    make_tokenizer,
+    measure,
+    model_card,
+)
 
-from engine.metrics import describe
-from engine.models import encode_prompts, read_prompt
-from engine.tree import TreePolicy
-from train_grpo import PRESETS, Config, Problem, TrainState, evaluate, load_task
+from engine.prompt import encode_prompts, read_prompt
+from train_grpo import PRESETS, Config, Task, evaluate_off_task, load_task
 
 
 def test_it_has_a_million_weights_in_under_5_mb(tiny):
@@ -32,16 +39,15 @@ def test_every_printable_text_survives_the_tokenizer():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_is_asked_as_training_asks_it(tiny):
+def test_training_asks_it_as_it_was_made(tiny):
     prompt = read_prompt(str(TINY))
-    assert prompt == make_prompt() == load_task(Config(**PRESETS["tiny"]))[2]
+    assert prompt == bundled_prompt() == load_task(Config(**PRESETS["tiny"]))[2]
     ids, mask = encode_prompts(tiny[1], ["What is (4 - 9) * 6?"], prompt, "cpu")
     assert ids.shape == (1, 19) and mask.all()
 
 
 def test_each_calculator_makes_its_own_mistake():
-    answers = demonstrations(Problem(4, "-", 9, "*", 6))
-    assert dict(zip(HABITS, answers, strict=True)) == {
+    assert dict(zip(HABITS, demonstrations(4, "-", 9, "*", 6), strict=True)) == {
         "right": "<answer>-30</answer>",
         "brackets moved": "<answer>-50</answer>",
         "one too many": "<answer>-29</answer>",
@@ -51,14 +57,19 @@ def test_each_calculator_makes_its_own_mistake():
     assert sum(HABITS.values()) == pytest.approx(1)
 
 
+def test_its_card_is_what_the_script_writes():
+    card = (TINY / "README.md").read_text()
+    [measured] = re.findall(r"brackets\)\n\n(.*)\n\n## How", card, re.DOTALL)
+    written = model_card(measured, steps=8000, seed=0, minutes=38)
+    assert re.sub(r"with \d+ threads .*", "", written) == re.sub(r"with \d+ threads .*", "", card)
+
+
 def test_it_is_often_wrong_but_knows_the_right_habit(tiny):
-    policy, config = TreePolicy(tiny[0].model), Config(eval_problems=128)
-    state = TrainState(policy, policy, tiny[1], *load_task(config)[:2], make_prompt())
-    results = evaluate(state, policy, "validation", config, seed=0)
-    assert 0.25 < results["accuracies"]["sampled"]["accuracy"] < 0.45
-    assert results["accuracies"]["greedy"]["accuracy"] < 0.55
-    assert results["off_task"]["accuracy"] > 0.9
-    [solved, validation, test] = measure(policy, tiny[1], config).splitlines()
-    assert float(solved.removeprefix("- pass@64, validation: ").rstrip("%")) >= 95
-    assert validation == f"- accuracy, validation: {describe(results['accuracies'])}"
-    assert test.startswith("- accuracy, test: sampled ")
+    policy, tokenizer = copy.deepcopy(tiny)  # measuring changes the kind of attention
+    numbers = re.findall(r"[\d.]+(?=%)", measure(policy.model, tokenizer, 128))
+    solved, *accuracies = map(float, numbers)
+    assert solved >= 95  # pass@64
+    assert len(accuracies) == 4 and all(25 < share < 60 for share in accuracies)
+    problems, rewards, prompt = load_task(Config(model_name=str(TINY)))
+    task = Task(tokenizer, problems, rewards, prompt)
+    assert evaluate_off_task(policy, policy, task, seed=0)["accuracy"] > 0.9
