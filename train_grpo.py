@@ -459,15 +459,16 @@ def evaluate(policy: Policy, task: Task, split: str, count: int, seed: int) -> d
     is its own, so that evaluating more often changes nothing in the training.
     """
     rng = torch.Generator().manual_seed(distributed.rank_seed(seed))
-    problems, accuracies = task.problems.held_out(split, count), {}
+    problems, texts, scores = task.problems.held_out(split, count), {}, {}
     questions = distributed.shard([problem.question for problem in problems])
     for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         mine = answer_questions(policy, task.tokenizer, task.prompt, questions, rng, temperature)
-        texts = sum(distributed.all_gather(mine), [])
-        scores = [task.rewards.score(t, p.answer) for t, p in zip(texts, problems, strict=True)]
-        accuracies[kind] = accuracy_summary(scores)
-    exact = scores[0]["exact"] == 1
-    example = {"question": problems[0].question, "completion": texts[0], "exact": exact}
+        texts[kind] = sum(distributed.all_gather(mine), [])
+        pairs = zip(texts[kind], problems, strict=True)
+        scores[kind] = [task.rewards.score(text, problem.answer) for text, problem in pairs]
+    exact = scores["greedy"][0]["exact"] == 1
+    example = {"question": problems[0].question, "completion": texts["greedy"][0], "exact": exact}
+    accuracies = {kind: accuracy_summary(scores[kind]) for kind in scores}
     return {"accuracies": accuracies, "example": example}
 
 

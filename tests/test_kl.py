@@ -35,46 +35,28 @@ def exact_slope(d: float, estimator: str) -> float:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_expectation_of_k3_is_the_exact_kl(seed):
+def test_expectations_are_kl_and_chi_square_less_kl(seed):
     logits, ref = distributions(seed)
     pi = logits.softmax(0)
-    expectation = (pi * kl_term(pi.log(), ref, "k3")).sum()
-    torch.testing.assert_close(expectation, kl_divergence(pi, ref.exp()), rtol=1e-10, atol=0)
+    kl = kl_divergence(pi, ref.exp())
+    for estimator, expected in (("k3", kl), ("k3_inverse", chi_square(pi, ref.exp()) - kl)):
+        expectation = (pi * kl_term(pi.log(), ref, estimator)).sum()
+        torch.testing.assert_close(expectation, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_expectation_of_k3_inverse_is_chi_square_less_kl(seed):
-    logits, ref = distributions(seed)
-    pi = logits.softmax(0)
-    expectation = (pi * kl_term(pi.log(), ref, "k3_inverse")).sum()
-    closed_form = chi_square(pi, ref.exp()) - kl_divergence(pi, ref.exp())
-    torch.testing.assert_close(expectation, closed_form, rtol=1e-10, atol=0)
-
-
-def on_policy_gradient(logits: torch.Tensor, ref: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Expected gradient in the logits when samples are drawn from the policy, then scored."""
-    logits = logits.clone().requires_grad_(True)
-    drawn = logits.detach().softmax(0)  # how often each token is sampled: no gradient through it
-    terms = kl_term(logits.log_softmax(0), ref, estimator)
-    return torch.autograd.grad((drawn * terms).sum(), logits)[0]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_expected_gradient_of_k3_is_that_of_reverse_kl(seed):
-    logits, ref = distributions(seed)
-    # In the logits, KL(ref || softmax) has the gradient softmax - ref.
-    closed_form = logits.softmax(0) - ref.exp()
-    gradient = on_policy_gradient(logits, ref, "k3")
-    torch.testing.assert_close(gradient, closed_form, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_expected_gradient_of_k3_inverse_is_half_chi_squares(seed):
+def test_expected_gradients_are_forward_kls_and_half_chi_squares(seed):
     logits, ref = distributions(seed)
     leaf = logits.clone().requires_grad_(True)
-    closed_form = torch.autograd.grad(chi_square(leaf.softmax(0), ref.exp()) / 2, leaf)[0]
-    gradient = on_policy_gradient(logits, ref, "k3_inverse")
-    torch.testing.assert_close(gradient, closed_form, rtol=1e-9, atol=1e-12)
+    drawn = logits.softmax(0)  # how often each token is sampled: no gradient through it
+    targets = {
+        "k3": kl_divergence(ref.exp(), leaf.softmax(0)),
+        "k3_inverse": chi_square(leaf.softmax(0), ref.exp()) / 2,
+    }
+    for estimator, target in targets.items():
+        sampled = (drawn * kl_term(leaf.log_softmax(0), ref, estimator)).sum()
+        [gradient], [expected] = (torch.autograd.grad(x, leaf) for x in (sampled, target))
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_grpo import Config, completion_mean, grpo_loss, loss_length
+from train_grpo import Config, grpo_loss, loss_length
 
 LENGTHS = (1, 7, 4, 7, 2, 5, 7, 3)
 # New over old: below, inside and above 0.8 .. 1.2 and 0.8 .. 1.28, and where nothing has moved.
@@ -178,55 +178,3 @@ def test_loss_gradient_and_metrics_equal_equation_3_in_loops(
     _, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
     assert stats == pytest.approx(expected_stats, rel=1e-6)
     assert stats["clip_fraction"] > 0
-
-
-def test_completions_of_any_length_weigh_the_same():
-    values = torch.tensor([[2.0, 99.0, 99.0], [4.0, 5.0, 6.0]])
-    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    assert completion_mean(values, mask).item() == (2 + 5) / 2
-
-
-def test_tokens_after_the_end_weigh_nothing():
-    case, config = make_case(), Config()
-    loss, gradient = ours(case, config)
-    over = case["mask"] == 0
-    assert (gradient[over] == 0).all() and (gradient[~over] != 0).any()
-    for name in ("logprobs", "old_logprobs", "ref_logprobs"):
-        case[name] = case[name].masked_fill(over, -5.0)
-    assert torch.equal(ours(case, config)[0], loss)
-
-
-def test_metrics_do_not_depend_on_the_loss_type():
-    case, found = make_case(), []
-    for config in (Config(loss_type=loss_type) for loss_type in LOSS_TYPES):
-        loss, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
-        assert stats.pop("loss") == loss
-        found.append((loss, stats))
-    assert len({loss.item() for loss, _ in found}) == 3
-    assert found[0][1] == found[1][1] == found[2][1]
-    assert found[0][1]["clip_fraction"] > 0 and found[0][1]["kl"] > 0
-
-
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_epsilon_high_moves_the_upper_bound_alone(advantage):
-    ratio = torch.tensor([[0.4, 0.6, 0.79, 0.81, 1.0, 1.3, 1.49, 1.51, 3.0]], dtype=torch.float64)
-    case = {
-        "logprobs": ratio.log(),
-        "old_logprobs": torch.zeros_like(ratio),
-        "ref_logprobs": torch.zeros_like(ratio),
-        "advantages": torch.tensor([advantage], dtype=torch.float64),
-        "mask": torch.ones_like(ratio),
-    }
-    _, gradient = ours(case, Config(epsilon=0.2, epsilon_high=0.5, beta=0))
-    held = ratio > 1.5 if advantage > 0 else ratio < 0.8
-    assert torch.equal(gradient == 0, held) and held.any() and not held.all()
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_at_beta_zero_kl_is_logged_and_has_no_gradient(loss_type):
-    case, config = make_case(), Config(beta=0, loss_type=loss_type)
-    elsewhere = {**case, "ref_logprobs": case["ref_logprobs"] - 1.5}
-    for mine, its in zip(ours(case, config), ours(elsewhere, config), strict=True):
-        assert torch.equal(mine, its)
-    kls = [grpo_loss(**c, config=config)[1]["kl"] for c in (case, elsewhere)]
-    assert kls[0] > 0 and kls[1] > 0 and kls[0] != kls[1]
