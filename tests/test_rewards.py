@@ -14,7 +14,6 @@ NEAR, EXACT = Score(True, True, False), Score(True, True, True)
 TABLE = {
     "the right answer": ("<answer>7</answer>", EXACT),
     "white space around it": (" \n<answer>7</answer>\t\n", EXACT),
-    "spaces inside": ("<answer>  7 </answer>", EXACT),
     "leading zeros count by value": ("<answer>007</answer>", EXACT),
     "nine digits with leading zeros": ("<answer>000000007</answer>", EXACT),
     "one too many": ("<answer>8</answer>", NEAR),
@@ -22,26 +21,17 @@ TABLE = {
     "two off": ("<answer>9</answer>", FORMAT),
     "wrong sign": ("<answer>-7</answer>", FORMAT),
     "ten digits": ("<answer>0000000007</answer>", FORMAT),
-    "5,000 digits": (f"<answer>{'7' * 5000}</answer>", FORMAT),
     "plus sign": ("<answer>+7</answer>", FORMAT),
     "decimal": ("<answer>7.0</answer>", FORMAT),
-    "exponent": ("<answer>7e0</answer>", FORMAT),
-    "thousand as 1e3": ("<answer>1e3</answer>", FORMAT),
     "hexadecimal": ("<answer>0x7</answer>", FORMAT),
-    "underscores": ("<answer>0_7</answer>", FORMAT),
     "two minus signs": ("<answer>--7</answer>", FORMAT),
-    "minus apart": ("<answer>- 7</answer>", FORMAT),
     "Unicode minus": ("<answer>\u22127</answer>", FORMAT),
     "Arabic digit": ("<answer>\u0667</answer>", FORMAT),
-    "full-width digit": ("<answer>\uff17</answer>", FORMAT),
-    "superscript digit": ("<answer>\u2077</answer>", FORMAT),
     "no-break space inside": ("<answer>\u00a07</answer>", FORMAT),
     "new line inside": ("<answer>\n7\n</answer>", FORMAT),
-    "a word": ("<answer>seven</answer>", FORMAT),
     "an expression": ("<answer>3 + 4</answer>", FORMAT),
     "code": ("<answer>__import__('os').abort()</answer>", FORMAT),
     "two numbers": ("<answer>7 7</answer>", FORMAT),
-    "some other tag inside": ("<answer><b>7</b></answer>", FORMAT),
     "empty answer": ("<answer></answer>", FORMAT),
     "two answers": ("<answer>7</answer><answer>7</answer>", NOTHING),
     "every answer": ("".join(f"<answer>{n}</answer>" for n in range(10)), NOTHING),
@@ -49,26 +39,24 @@ TABLE = {
     "prose after it": ("<answer>7</answer> I think", NOTHING),
     "full stop after it": ("<answer>7</answer>.", NOTHING),
     "nested tags": ("<answer><answer>7</answer></answer>", NOTHING),
-    "opened twice": ("<answer><answer>7</answer>", NOTHING),
     "closed twice": ("<answer>7</answer></answer>", NOTHING),
     "unclosed": ("<answer>7", NOTHING),
     "unopened": ("7</answer>", NOTHING),
     "tags the wrong way round": ("</answer>7<answer>", NOTHING),
     "one tag that would serve as both": ("<answer>", NOTHING),
-    "overlapping tags": ("<answer</answer>", NOTHING),
     "capitals": ("<ANSWER>7</ANSWER>", NOTHING),
     "space in the tag": ("<answer >7</answer>", NOTHING),
     "a reserved token after it": ("<answer>7</answer><|user|>", NOTHING),
     "null character before it": ("\0<answer>7</answer>", NOTHING),
     "bare number": ("7", NOTHING),
     "empty": ("", NOTHING),
-    "white space alone": (" \n ", NOTHING),
 }
 
 
-@pytest.mark.parametrize("completion, expected", TABLE.values(), ids=TABLE.keys())
+@pytest.mark.parametrize("completion, expected", TABLE.values(), ids=TABLE)
 def test_each_trick_earns_what_the_table_says(completion, expected):
-    assert score(completion, 7) == expected
+    for answer in (7, "7", " 07"):  # a number as text is that number
+        assert score(completion, answer) == expected
 
 
 def test_minus_zero_is_zero():
@@ -80,26 +68,15 @@ TEXTS = {
     "the right text": ("<answer>Gr\u00fc\u00df dich</answer>", EXACT),
     "white space at its ends": ("<answer>\n Gr\u00fc\u00df dich\t</answer>\n", EXACT),
     "one letter wrong": ("<answer>Gr\u00fc\u00df dich!</answer>", FORMAT),
-    "one letter short": ("<answer>Gr\u00fc\u00df dic</answer>", FORMAT),
     "another case": ("<answer>gr\u00fc\u00df dich</answer>", FORMAT),
     "letters that look the same": ("<answer>Gru\u0308\u00df dich</answer>", FORMAT),
-    "letters that mean the same": ("<answer>Gr\u00fcss dich</answer>", FORMAT),
-    "two spaces inside": ("<answer>Gr\u00fc\u00df  dich</answer>", FORMAT),
-    "more text around it": ("<answer>Gr\u00fc\u00df dich, du</answer>", FORMAT),
-    "empty answer": ("<answer></answer>", FORMAT),
     "prose around the tags": ("So: <answer>Gr\u00fc\u00df dich</answer>", NOTHING),
-    "no tags": ("Gr\u00fc\u00df dich", NOTHING),
 }
 
 
-@pytest.mark.parametrize("completion, expected", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("completion, expected", TEXTS.values(), ids=TEXTS)
 def test_a_text_must_match_letter_by_letter(completion, expected):
     assert score(completion, " Gr\u00fc\u00df dich ") == expected
-
-
-def test_the_text_of_a_number_is_scored_as_that_number():
-    for completion, expected in TABLE.values():
-        assert score(completion, "7") == score(completion, " 07") == expected
 
 
 @pytest.mark.parametrize("answer", [10**9, "1000000000", "7.0", "\u0667"])
@@ -109,34 +86,17 @@ def test_a_number_beyond_the_rule_is_matched_as_text(answer):
     assert score(f"<answer>{answer}0</answer>", answer) == FORMAT
 
 
-@pytest.mark.parametrize("completion, expected", TABLE.values(), ids=TABLE.keys())
+@pytest.mark.parametrize("completion, expected", TABLE.values(), ids=TABLE)
 def test_parse_reads_what_scores_and_nothing_where_the_tags_fail(completion, expected):
     answer = parse(completion)
-    if expected in (EXACT, NEAR):
-        assert type(answer) is int and abs(answer - 7) == (expected == NEAR)
-    elif expected == NOTHING:
-        assert answer is None
-    else:
-        assert answer != 7
+    near = type(answer) is int and abs(answer - 7) <= 1
+    assert (answer == 7, near) == (expected.exact, expected.near)
+    assert expected.format or answer is None
 
 
-@pytest.mark.parametrize(
-    "completion, expected",
-    [
-        ("<answer>-30</answer>", -30),
-        (" <answer> 007 </answer>\n", 7),
-        ("<answer> seven </answer>", "seven"),
-        ("<answer>0000000007</answer>", "0000000007"),
-        ("<answer>\u0667</answer>", "\u0667"),
-        ("<answer> </answer>", None),
-        ("<answer></answer>", None),
-        ("so <answer>7</answer>", None),
-        ("7", None),
-    ],
-)
-def test_parse_gives_number_else_text_else_nothing(completion, expected):
-    answer = parse(completion)
-    assert answer == expected and type(answer) is type(expected)
+def test_parse_gives_number_else_text_else_nothing():
+    given = [parse(f"<answer>{text}</answer>") for text in (" 007 ", " seven ", "\u0667", " ")]
+    assert given == [7, "seven", "\u0667", None]
 
 
 def test_the_reward_adds_the_weighted_parts():
@@ -149,15 +109,12 @@ def test_the_reward_adds_the_weighted_parts():
 
 
 def test_weights_may_be_zero_negative_or_large(tmp_path):
-    """Parts are fractions; the weight decides what a part is worth."""
-    file = tmp_path / "lengths.py"
-    file.write_text(
+    (tmp_path / "lengths.py").write_text(
         "WEIGHTS = {'exact': 3, 'long': -0.5, 'letters': 0}\n"
         "def score(completion, answer):\n"
-        "    n = len(completion)\n"
-        "    return completion == answer, min(n, 4) / 4, n > 0\n"
+        "    return completion == answer, min(len(completion), 4) / 4, len(completion) > 0\n"
     )
-    file = RewardFile(str(file))
+    file = RewardFile(str(tmp_path / "lengths.py"))
     rewards, parts = reward_function(["ab", "abcd", ""], ["ab", "x", "x"], file)
     assert rewards.tolist() == [3 - 0.25, -0.5, 0]
     fractions = {name: part.tolist() for name, part in parts.items()}
@@ -182,5 +139,5 @@ def test_accuracy_counts_only_scores_of_exactly_1():
 @pytest.mark.parametrize("exact", [1.0, 0.0])
 def test_the_interval_stays_within_0_and_1(exact):
     summary = accuracy_summary([{"exact": exact}] * 20)
-    assert 0 <= summary["low"] <= summary["accuracy"] <= summary["high"] <= 1
+    assert 0 <= summary["low"] <= exact == summary["accuracy"] <= summary["high"] <= 1
     assert summary["high"] - summary["low"] > 0.1  # no certainty from 20 trials
