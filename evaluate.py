@@ -66,9 +66,10 @@ def evaluate_groups(policy: Policy, task: Task, split: str, count: int, samples:
 def load(config: Config, changed: list[str]) -> tuple[Policy, Task]:
     """The model of `config` and its task, asked as in training but for the `changed` fields."""
     problems, rewards, prompt = load_task(config)
-    trained = read_prompt(config.model_name)
-    if trained:
-        prompt = replace(trained, **{name: getattr(prompt, name) for name in changed})
+    saved = read_prompt(config.model_name)
+    if saved:
+        prompt = replace(saved, **{name: getattr(prompt, name) for name in changed})
+    # The start-up comparison samples groups of 4; answer_questions takes 128 questions at a time.
     policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, 4, 128)
     return policy, Task(tokenizer, problems, rewards, prompt)
 

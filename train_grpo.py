@@ -80,7 +80,7 @@ class Config:
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged")
-    scale_rewards: Literal["group", "none"] = setting("group", "std that divides advantages")
+    scale_rewards: Literal["group", "none"] = setting("group", "std that divides rewards")
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
     epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
@@ -88,7 +88,9 @@ class Config:
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
     micro_batch_size: int = setting(0, "completions per backward pass; 0 is as many as fit", 0)
     # Evaluating, saving, stopping
-    eval_every: int = setting(200, "iterations between validations; 0 is never", 0)
+    eval_every: int = setting(
+        200, "iterations between validations; 0: only before and after training", 0
+    )
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
     log_completions_every: int = setting(25, "iterations per logged group; 0 is never", 0)
     checkpoint_every: int = setting(
@@ -357,7 +359,7 @@ def grpo_loss(
 
 @dataclass
 class Learner:
-    """What trains. All but the reference is in a checkpoint."""
+    """A policy in training, and what moves it. All but the reference is in a checkpoint."""
 
     policy: Policy
     trained: nn.Module  # the policy, wrapped to average gradients if there are several processes
@@ -384,18 +386,20 @@ def update_policy(
     updates = []
     for _ in range(config.num_inner_updates):
         learner.optimizer.zero_grad()
-        update = Counter()
+        update = Counter()  # metrics, summed over micro-batches
         for i, chunk in enumerate(distributed.sync_on_last(learner.trained, micro_batches)):
             logprobs = learner.trained(chunk)  # (n, T)
-            # The policy has not moved since the rollout, so the first update needs no extra pass
-            # for the old log-probabilities, and its ratio is exactly 1.
+            # The policy has not moved since the rollout, so the old log-probabilities are those of
+            # the first update, and its ratio is exactly 1. Those recorded while sampling are equal
+            # up to rounding only.
             if len(old_logprobs) == i:
                 old_logprobs.append(logprobs.detach())
             inputs = old_logprobs[i], ref_logprobs[i], chunk_advantages[i], chunk.mask
             loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
-            update.update({name: weight * value.item() for name, value in stats.items()})
+            for name, value in stats.items():
+                update[name] += weight * value.item()
         parameters = learner.policy.parameters()
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm).item()
         updates.append({**update, "grad_norm": norm})

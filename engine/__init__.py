@@ -1,4 +1,4 @@
-"""What training stands on.
+"""Everything under the training script.
 
 The policies, part of the algorithm: policy.py (log-probabilities and sampling by ordinary calls of
 the model) and tree.py (the same numbers, each distinct prefix of a batch computed once).

@@ -163,8 +163,8 @@ def wrap_ddp(policy: nn.Module) -> nn.Module:
     return DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
 
-def sync_on_last(learner: nn.Module, micro_batches: list) -> Iterator:
+def sync_on_last(module: nn.Module, micro_batches: list) -> Iterator:
     """Yield micro-batches; gradients add up locally and are averaged with the last one."""
-    with learner.no_sync() if isinstance(learner, DistributedDataParallel) else nullcontext():
+    with module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext():
         yield from micro_batches[:-1]
     yield micro_batches[-1]

@@ -54,7 +54,7 @@ def hub_source(name: str) -> str | None:
 
 
 def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
-    """(preset, reason): the largest model that this machine can get and train.
+    """(preset, reason): with CUDA the largest model that can be had, else the bundled one.
 
     `model` is the one that the reference preset trains.
     """

@@ -106,9 +106,10 @@ def received_signals() -> Iterator[list[int]]:
 
 
 class Run:
-    """A context manager that owns a run's folder and signals; iterating over it runs the run.
+    """A context manager that owns a run's folder and signals, and an iterator over its iterations.
 
-    `ending` is None while the run goes on, then (status, reason).
+    `ending` is None while the run goes on, then (status, reason). All processes call the methods
+    together: those that log, save or load exchange what the others must know.
     """
 
     def __init__(self, config, task, learner):
@@ -221,7 +222,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended of itself and in good health."""
+        """Whether the run has ended by a rule of its settings: not by a signal, nor failed."""
         return bool(self.ending) and self.ending[0] == "finished"
 
     def evaluated(self, split: str) -> bool:
@@ -267,7 +268,10 @@ class Run:
         self.check_ending()
 
     def save(self) -> None:
-        """Write a checkpoint if one is due, and the policy if it is the best so far."""
+        """Write a checkpoint if one is due, and the policy if it is the best so far.
+
+        Due every `checkpoint_every`; by default after 25 iterations, but no sooner than 2 minutes.
+        """
         if not self.iteration:
             return
         best = self.metrics["best_iteration"] == self.iteration != self.last_saved
@@ -303,7 +307,10 @@ class Run:
             save_model(policy.model, tokenizer, prompt, self.output, self.metrics)
 
     def load_best(self) -> Policy:
-        """The best policy by validation: the last one, the base model, or the one saved."""
+        """The best policy by validation: the last one, the base model, or the one saved.
+
+        On ranks above 0 its weights replace those of the last policy.
+        """
         policy, best = self.learner.policy, self.metrics["best_iteration"]
         if best == self.iteration:
             return policy
