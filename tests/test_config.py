@@ -1,8 +1,6 @@
 """The reference recipe, presets and flags, and values that cannot work."""
 
 import json
-import os
-import time
 from dataclasses import asdict
 
 import pytest
@@ -15,7 +13,7 @@ import train_grpo
 from engine import distributed
 from engine.files import UserError, exit_code
 from engine.machine import choose_dtype
-from train_grpo import PRESETS, Arithmetic, Config, load_task, parse_config
+from train_grpo import PRESETS, Arithmetic, Config, parse_config
 
 RECIPE = {
     "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
@@ -38,18 +36,14 @@ RECIPE = {
 
 
 def test_the_defaults_are_the_reference_recipe():
-    config = asdict(Config())
-    assert {name: config[name] for name in RECIPE} == RECIPE
-
-
-def test_the_reference_preset_changes_no_default():
-    assert asdict(parse_config(["--preset", "reference"])) == asdict(Config(preset="reference"))
+    assert PRESETS["reference"] == {}
+    assert asdict(Config()) | RECIPE == asdict(Config())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flags_beat_presets_and_presets_beat_defaults(preset):
-    config = parse_config(["--learning_rate", "1e-7", "--preset", preset])
-    expected = {**asdict(Config()), **PRESETS[preset], "preset": preset, "learning_rate": 1e-7}
+    config = parse_config(["--learning_rate", "2e-7", "--preset", preset])
+    expected = {**asdict(Config()), **PRESETS[preset], "preset": preset, "learning_rate": 2e-7}
     assert asdict(config) == expected
 
 
@@ -61,10 +55,7 @@ def test_without_cuda_the_bundled_model_is_chosen(monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    "capability, dtype",
-    [((7, 0), torch.float32), ((7, 5), torch.float32), ((8, 0), torch.bfloat16)],
-)
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype("auto", torch.device("cuda")) == dtype
@@ -79,70 +70,48 @@ def test_worked_examples_are_training_problems():
     assert len(set(examples)) == most
 
 
-BAD_SETTINGS = {  # besides those out of their limits: test_fuzz.py
-    "unknown flag": (["--learning_rat", "1"], "--learning_rat"),
-    "stray word": (["tiny"], "tiny"),
-    "no such choice": (["--kl_estimator", "k4"], "k4"),
-    "too large": (["--epsilon", "1.5"], "--epsilon 1.5: must be at least 0 and at most 1"),
-    "huge batch of groups": (
-        ["--batch_size", "1000", "--num_generations", "1000"],
-        "--batch_size 1000 x --num_generations 1000: at most 65536 together",
-    ),
-    "empty range": (["--min_operand", "5", "--max_operand", "3"], "--min_operand 5"),
-    "too few problems": (["--min_operand", "2", "--max_operand", "2"], "widen"),
-}
-
-
-@pytest.mark.parametrize("flags, complaint", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
-def test_a_bad_setting_is_named_at_once(flags, complaint):
-    started = time.monotonic()
-    with pytest.raises(UserError) as error:
-        load_task(parse_config(["--preset", "tiny", *flags]))
-    assert complaint in str(error.value)
-    assert time.monotonic() - started < 2
-
-
 def test_three_processes_refuse_an_uneven_batch(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--batch_size 4: must be a multiple of 3"):
         parse_config(["--preset", "tiny", "--batch_size", "4"])
 
 
-BAD_INPUT = {
-    "model not fetched": ([train_grpo, "--model_name", "models/x"], "python fetch_model.py"),
-    "empty folder": ([train_grpo, "--model_name", "empty"], "config.json"),
-    "output is a file": ([train_grpo, "--output_dir", "file/out"], "file/out"),
-    "missing metrics": ([plot_metrics, "none.json"], "none.json"),
-    "truncated metrics": ([plot_metrics, "cut.json"], "cut.json"),
-    "foreign metrics": ([plot_metrics, "foreign.json"], "foreign.json"),
-    "no such model": ([inference, "--model", "nowhere", "What is 1?"], "nowhere"),
-    "no sample": ([inference, "--num_samples", "0", "What is 1?"], "--num_samples 0"),
-    "greedy majority": ([inference, "--num_samples=2", "--temperature=0", "1?"], "--temperature 0"),
-    "empty question": ([inference, "--model", str(TINY), " "], "empty"),
+HUGE = "--batch_size 1000 --num_generations 1000"
+BAD_INPUT = {  # besides settings out of their limits and damaged models: test_fuzz.py
+    "unknown flag": (train_grpo, "--learning_rat 1", "--learning_rat"),
+    "huge batch": (train_grpo, f"{HUGE} --model_name models/x", "at most 65536 together"),
+    "empty range": (train_grpo, "--min_operand 5 --max_operand 3", "--min_operand 5"),
+    "too few problems": (train_grpo, "--min_operand 2 --max_operand 2", "widen"),
+    "model not fetched": (train_grpo, "--model_name models/x", "python fetch_model.py"),
+    "empty folder": (train_grpo, "--model_name empty", "config.json"),
+    "output is a file": (train_grpo, "--output_dir file/out", "file/out"),
+    "missing metrics": (plot_metrics, "none.json", "none.json"),
+    "truncated metrics": (plot_metrics, "cut.json", "cut.json"),
+    "foreign metrics": (plot_metrics, "foreign.json", "foreign.json"),
+    "greedy majority": (inference, "--num_samples 2 --temperature 0 1?", "--temperature 0"),
+    "empty question": (inference, f"--model={TINY} ", "empty"),
 }
 
 
-@pytest.mark.parametrize("arguments, complaint", BAD_INPUT.values(), ids=BAD_INPUT)
+@pytest.mark.parametrize("script, flags, complaint", BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_one_error_and_changes_no_file(
-    arguments, complaint, tmp_path, monkeypatch, capsys
+    script, flags, complaint, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("a file, not a folder")
     (tmp_path / "cut.json").write_text('{"config": {"seed": 0}, "iterations": [{"rew')
     (tmp_path / "foreign.json").write_text(json.dumps({"iterations": [{"loss": 1}]}))
     monkeypatch.chdir(tmp_path)
-    script, *flags = arguments
-    flags = ["--preset", "tiny", *flags] if script is train_grpo else flags
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert exit_code(lambda: script.main(flags)) == 2
+    preset = ["--preset", "tiny"] if script is train_grpo else []
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert exit_code(lambda: script.main([*preset, *flags.split(" ")])) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) <= 2  # inference.py first names its model
     assert lines[-1].startswith("error: ") and complaint in lines[-1]
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     result = run_script("train_grpo.py", "--num_generations", "1", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1
-    assert os.listdir(tmp_path) == []

@@ -1,15 +1,15 @@
 """Several processes compute what one computes, and stop and fail together."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
-from on_each_rank import SETTINGS, three_iterations
+from on_each_rank import given
 from processes import (
     assert_same_run,
     finish,
@@ -21,29 +21,13 @@ from processes import (
     torchrun,
     wait_until,
 )
-from safetensors.torch import load_file
+from small_models import assert_same_gradients
 
 from engine import distributed
 from engine.checkpoint import load_checkpoint
-from engine.files import METRICS_FILE, UserError
+from engine.files import UserError
 
 ENDLESS = ("--num_iterations", 100000)
-
-
-def on_each_rank(processes: int, *arguments) -> str:
-    command = [*torchrun(processes), str(ROOT / "tests/on_each_rank.py"), *map(str, arguments)]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """What one process makes of the given completions, by case."""
-    return {case: three_iterations(**settings) for case, settings in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,62 +36,43 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     finish(folder / "one_process", "--num_iterations", 2)
     shutil.copytree(folder / "one_process", folder / "before")
-    return folder, on_each_rank(2, folder, "steps", "runs")
+    command = [*torchrun(2), ROOT / "tests/on_each_rank.py", folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
 
 
-def assert_equal_to_one_process(folder, processes: int, alone: dict) -> None:
+def test_two_processes_compute_gradients_and_weights_of_one(two):
+    alone, together = given(), torch.load(two[0] / "0.pt")
     for case, (metrics, tensors) in alone.items():
-        for rank in range(processes):
-            theirs = json.loads((folder / f"{case}.{rank}.json").read_text())
-            for mine, its in zip(metrics, theirs, strict=True):
-                assert its["completions"] * processes == mine["completions"] == 16
-                assert its["logprob_mismatch"] < 1e-4  # rounding
-                own = {n: mine[n] for n in ("completions", "seconds", "logprob_mismatch")}
-                assert its | own == pytest.approx(mine, rel=1e-5, abs=1e-6)
-            found = load_file(folder / f"{case}.{rank}.safetensors")
-            assert found.keys() == tensors.keys()
-            for name, tensor in tensors.items():
-                assert (found[name] - tensor).abs().max() < 1e-6, name
-
-
-def test_two_processes_compute_gradients_and_weights_of_one(two, alone):
-    metrics, tensors = alone["whole batch"]
-    assert len({iteration["loss"] for iteration in metrics}) == 3  # it does learn
-    assert metrics[0]["frac_zero_std_groups"] < 1 and metrics[1]["kl"] > 0
-    assert max(g.abs().max() for n, g in tensors.items() if "gradient" in n) > 1e-3
-    assert len({alone[case][0][0]["grad_norm"] for case in ("whole batch", "dapo", "dr_grpo")}) == 3
-    assert_equal_to_one_process(two[0], 2, alone)
-
-
-@pytest.mark.slow
-def test_four_processes_compute_gradients_and_weights_of_one(alone, tmp_path):
-    on_each_rank(4, tmp_path, "steps")
-    assert_equal_to_one_process(tmp_path, 4, alone)
+        for mine, its in zip(metrics, together[case][0], strict=True):
+            assert its["logprob_mismatch"] < 1e-4
+            rounding = {name: mine[name] for name in ("seconds", "logprob_mismatch")}
+            assert its | rounding == pytest.approx(mine, rel=1e-4, abs=1e-7)
+        assert_same_gradients(together[case][1], tensors)
+        assert metrics[1]["kl"] > 0
+    cases = ("whole batch", "dapo", "dr_grpo")
+    assert len({alone[case][0][0]["grad_norm"] for case in cases}) == 3
 
 
 def test_all_processes_hold_bit_identical_weights(two):
-    for case in SETTINGS:
-        first, second = (load_file(two[0] / f"{case}.{rank}.safetensors") for rank in range(2))
-        assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (torch.load(two[0] / f"{rank}.pt") for rank in range(2))
+    for case, (_, tensors) in first.items():
+        assert all(tensor.equal(second[case][1][name]) for name, tensor in tensors.items())
 
 
 def test_a_distributed_run_resumes_bit_identically(two):
-    for name in ("whole", "parts"):  # output_dir is the one setting that differs
-        metrics = read_metrics(two[0] / name)
-        assert metrics["environment"]["processes"] == 2
-        metrics["config"]["output_dir"] = "."
-        (two[0] / name / METRICS_FILE).write_text(json.dumps(metrics))
+    assert read_metrics(two[0] / "whole")["environment"]["processes"] == 2
     assert_same_run(two[0] / "parts", two[0] / "whole")
 
 
 def test_each_process_samples_with_its_own_seed(two):
-    tensors, _ = load_checkpoint(two[0] / "whole")
-    states = tensors["generators"].chunk(2)
+    states = load_checkpoint(two[0] / "whole")[0]["generators"].chunk(2)
     # Compare seeds, not states: two states of one seed differ if one process has drawn more.
     first, second = (torch.Generator().set_state(s.clone()).initial_seed() for s in states)
     assert first == 0 and second % 2**32 != 0
-    alone, _ = load_checkpoint(two[0] / "before")
-    assert len(alone["generators"]) == len(states[0])
+    assert len(load_checkpoint(two[0] / "before")[0]["generators"]) == len(states[0])
 
 
 @pytest.mark.parametrize("iteration", [0, 25])
@@ -124,8 +89,7 @@ def test_two_processes_resume_the_run_of_one(two):
     folder, out = two
     assert "processes: 1 before, 2 now" in out
     before, after = (metrics_but_for_times(folder / n) for n in ("before", "one_process"))
-    assert after["iterations"][:2] == before["iterations"]
-    assert len(after["iterations"]) == 4 and after["status"] == "finished"
+    assert after["iterations"][:2] == before["iterations"] and len(after["iterations"]) == 4
 
 
 def test_one_process_resumes_the_run_of_two(two, tmp_path):
@@ -137,13 +101,7 @@ def test_one_process_resumes_the_run_of_two(two, tmp_path):
 
 
 def test_only_rank_0_prints(two):
-    assert two[1].count("finished after 4 iterations") == 3
-    assert two[1].count("preset tiny") == 4
-
-
-def test_evaluations_cover_all_problems(two):
-    for evaluation in read_metrics(two[0] / "whole")["evaluations"]:
-        assert evaluation["accuracies"]["greedy"]["problems"] == 8
+    assert two[1].count("parameters on cpu") == 4  # once per run
 
 
 def test_shards_are_disjoint_equal_and_complete(monkeypatch):
@@ -168,7 +126,6 @@ def test_an_error_on_one_rank_stops_all(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_with_an_uneven_batch_exits_in_order(tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir()
     process = start(folder, "--batch_size", 3, launcher=torchrun(2))
     assert process.wait(timeout=100) == 1  # torchrun's own
     report = printed(folder)
@@ -178,59 +135,38 @@ def test_torchrun_with_an_uneven_batch_exits_in_order(tmp_path):
     assert not list(folder.iterdir())
 
 
-def workers(process) -> dict[int, int]:
-    """The process ids of a torchrun's processes, by rank."""
-    ps = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    found = {}
-    for pid in subprocess.run(ps, capture_output=True, text=True).stdout.split():
-        with open(f"/proc/{pid}/environ") as file:
-            ranks = [v[5:] for v in file.read().split("\0") if v.startswith("RANK=")]
-        found |= {int(rank): int(pid) for rank in ranks}
-    return found
+def workers(process) -> dict[str, psutil.Process]:
+    """The processes of a torchrun, by rank."""
+    return {worker.environ()["RANK"]: worker for worker in psutil.Process(process.pid).children()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_all_and_is_named(tmp_path, rank):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    process = start(folder, *ENDLESS, launcher=torchrun(2))
-    wait_until(lambda: newest(folder) >= 2, process)
-    pids = workers(process)
-    os.kill(pids[rank], signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
-    report = printed(folder).split("Root Cause")[1]
-    assert f"rank      : {rank} " in report and "SIGKILL" in report
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids.values())
-    assert load_checkpoint(folder) is not None
-
-
-@pytest.mark.slow
-def test_restarts_after_kills_end_bit_identical_to_uninterrupted(tmp_path):
-    folder, calm = tmp_path / "killed", tmp_path / "calm"
-    length = ("--num_iterations", 30)
-    for place in (folder, calm):
-        place.mkdir()
+def test_a_killed_process_ends_all_and_restarts_change_nothing(tmp_path):
+    folder, calm, length = tmp_path / "killed", tmp_path / "calm", ("--num_iterations", 30)
     assert start(calm, *length, launcher=torchrun(2)).wait(timeout=300) == 0
-    process = start(folder, *length, "--resume", launcher=torchrun(2, "--max_restarts=3"))
-    for rank, iteration in ((1, 6), (0, 16)):
+    process = start(folder, *length, "--resume", launcher=torchrun(2, "--max_restarts=1"))
+    for rank, iteration in (("1", 6), ("0", 16)):
         wait_until(lambda iteration=iteration: newest(folder) >= iteration, process)
-        wait_until(lambda rank=rank: rank in workers(process), process)
-        os.kill(workers(process)[rank], signal.SIGKILL)
-    assert process.wait(timeout=300) == 0, printed(folder)
+        last = workers(process)
+        last[rank].kill()
+    assert process.wait(timeout=60) == 1  # restarted once, then not again
+    assert not any(worker.is_running() for worker in last.values())
+    report = printed(folder).split("Root Cause")[1]
+    assert "rank      : 0 " in report and "SIGKILL" in report
+    assert start(folder, *length, "--resume", launcher=torchrun(2)).wait(timeout=300) == 0
     assert printed(folder).count("resuming after iteration") == 2
     assert_same_run(folder, calm)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torchrun", "one process"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "to, number", [("torchrun", signal.SIGINT), ("one process", signal.SIGTERM)], ids=str
+)
 def test_a_signal_to_any_process_saves_and_ends_all(tmp_path, to, number):
     folder = tmp_path / "run"
-    folder.mkdir()
     process = start(folder, *ENDLESS, launcher=torchrun(2))
     wait_until(lambda: newest(folder) >= 2, process)
-    os.kill(process.pid if to == "torchrun" else workers(process)[1], number)
+    os.kill(process.pid if to == "torchrun" else workers(process)["1"].pid, number)
     assert process.wait(timeout=60) == 1  # torchrun's own, whatever the processes return
     metrics = read_metrics(folder)
     assert metrics["status"] == "interrupted" and metrics["stop_reason"] == number.name

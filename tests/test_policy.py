@@ -1,5 +1,7 @@
 """Policy computes what one unpadded, uncached forward per sequence computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import (
@@ -106,3 +108,38 @@ def test_the_reference_equals_a_bfloat16_policy_bit_for_bit():
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(reference(batch), policy(batch))
+
+
+def test_a_slice_holds_its_rows_trimmed_to_the_longest():
+    batch = ragged_batch(PROMPTS, COMPLETIONS)
+    batch = replace(
+        batch,
+        sampled_logprobs=torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0)),
+        truncated=torch.arange(6) == 2,
+        texts=list("abcdef"),
+    )
+    part = batch[1:3]  # of one and three tokens
+    for name in ("prompt_ids", "prompt_mask", "truncated"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[1:3])
+    for name in ("completion_ids", "mask", "sampled_logprobs"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[1:3, :3])
+    assert part.texts == ["b", "c"] and len(part) == 2
+
+
+def test_a_plain_pass_takes_any_number_of_completions():
+    batch = ragged_batch(PROMPTS, COMPLETIONS)
+    assert [len(part) for part in Policy(small_model("llama")).micro_batches(batch)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "attention"),
+    [
+        ("cpu", torch.float32, "sdpa"),
+        ("cpu", torch.bfloat16, "eager"),
+        ("meta", torch.bfloat16, "sdpa"),
+    ],
+    ids=str,
+)
+def test_attention_is_eager_in_bfloat16_on_a_cpu(device, dtype, attention):
+    model = Policy(small_model("llama").to(device), dtype).model
+    assert model.config._attn_implementation == attention

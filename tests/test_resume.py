@@ -1,17 +1,18 @@
-"""A run that was killed and resumed is bit-identical to an uninterrupted one."""
+"""Bit for bit the same run: with the same seed, evaluated more often, killed and resumed."""
 
 import json
+import os
 import shutil
-import signal
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 from processes import (
     arguments,
+    assert_same_checkpoint,
     assert_same_run,
     finish,
-    is_writing,
+    metrics_but_for_times,
     newest,
     read_metrics,
     start,
@@ -19,193 +20,184 @@ from processes import (
 )
 
 from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint
-from engine.files import METRICS_FILE, UserError, sha256
+from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from train_grpo import main
 
-LENGTH = ("--num_iterations", 8)
-MANY = ("--num_iterations", 60, "--checkpoint_every", 1, "--eval_every", 15)
-MANY += ("--lr_schedule", "linear")
+LINEAR = ("--lr_schedule", "linear", "--log_completions_every", 1)
+EIGHT = ("--num_iterations", 8, *LINEAR)
+MANY = ("--num_iterations", 60, "--checkpoint_every", 1, "--eval_every", 15, *LINEAR)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    finish(folder, *LENGTH)
+    finish(folder, *EIGHT)
     return folder
 
 
 @pytest.fixture
 def unfinished(uninterrupted, tmp_path, monkeypatch):
     """A folder whose run has checkpoints at 6 and 8 and was killed before its end."""
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
     (folder / METRICS_FILE).unlink()
     monkeypatch.chdir(folder)
+    assert [path.name for path in checkpoints_in(folder)] == ["6", "8"]
     return folder
 
 
-def resume(*flags) -> int:
-    return main(arguments(*LENGTH, "--resume", *flags))
+@pytest.mark.parametrize("eval_every", [2, 0], ids=["twice as often", "never"])
+def test_how_often_one_evaluates_changes_no_training(uninterrupted, tmp_path, eval_every):
+    finish(tmp_path, *EIGHT, "--eval_every", eval_every)
+    assert_same_checkpoint(tmp_path, uninterrupted)
+    metrics, other = (metrics_but_for_times(folder) for folder in (tmp_path, uninterrupted))
+    assert metrics["iterations"] == other["iterations"]
+    mine, its = (
+        {e["iteration"]: e for e in m["evaluations"] if e["split"] == "validation"}
+        for m in (metrics, other)
+    )
+    assert list(its) == [0, 4, 8] and list(mine) == ([0, 2, 4, 6, 8] if eval_every else [0, 8])
+    assert all(mine[i] == its[i] for i in mine.keys() & its.keys())
 
 
-def kill(process, folder, while_writing: bool, progress: int) -> bool:
-    """Kill -9 after `progress` more iterations. Returns whether it was writing a checkpoint."""
-    goal = newest(folder) + progress
-    wait_until(lambda: newest(folder) >= goal, process)
-    if while_writing:
-        wait_until(lambda: is_writing(folder), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for checkpoint in checkpoints_in(folder):  # complete or absent
-        assert (checkpoint / "manifest.json").exists()
-    assert load_checkpoint(folder) is not None
-    assert len(checkpoints_in(folder)) <= 3  # the oldest may be about to go
-    return is_writing(folder)
+@pytest.mark.slow
+def test_python_hash_seeds_change_no_bit(uninterrupted, tmp_path, monkeypatch):
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        assert start(tmp_path / seed, *EIGHT).wait(timeout=180) == 0
+        assert_same_run(tmp_path / seed, uninterrupted)
+
+
+def test_another_seed_gives_another_run(uninterrupted, tmp_path):
+    finish(tmp_path, "--num_iterations", 1, "--seed", 1)
+    first, second = (read_metrics(folder)["iterations"][0] for folder in (uninterrupted, tmp_path))
+    assert first["entropy"] != second["entropy"]
+    states = [load_checkpoint(f)[0]["generators"] for f in (uninterrupted, tmp_path)]
+    assert [torch.Generator().set_state(state).initial_seed() for state in states] == [0, 1]
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(uninterrupted, unfinished):
+    shutil.rmtree(unfinished / CHECKPOINTS / "8")
+    lines, expected = (folder / COMPLETIONS_FILE for folder in (unfinished, uninterrupted))
+    lines.write_bytes(lines.read_bytes()[:-30])  # the line of 7 is whole, that of 8 is not
+    assert "resuming after iteration 6" in finish(unfinished, *EIGHT, "--resume")
+    assert_same_run(unfinished, uninterrupted)
+    assert lines.read_bytes() == expected.read_bytes()
+
+
+def is_writing(folder) -> bool:
+    """Whether a checkpoint is being written (or was, when the run was killed)."""
+    return any((folder / CHECKPOINTS).glob("[0-9]*[0-9].tmp"))
 
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path):
     folder, calm = tmp_path / "killed", tmp_path / "calm"
-    folder.mkdir()
     finish(calm, *MANY)
     kills = in_writing = 0
     while kills < 10 or in_writing < 4:
-        flags = ["--resume"] if kills else []
-        while_writing = in_writing < 4 and kills % 2 == 0 or kills > 8
-        in_writing += kill(start(folder, *MANY, *flags), folder, while_writing, progress=2)
+        goal = newest(folder) + 2
+        process = start(folder, *MANY, *["--resume"] * bool(kills))
+        wait_until(lambda goal=goal: newest(folder) >= goal, process)
+        if in_writing < 4 and kills % 2 == 0 or kills > 8:
+            wait_until(lambda: is_writing(folder), process)
+        process.kill()
+        process.wait()
+        assert all((path / "manifest.json").exists() for path in checkpoints_in(folder))
+        assert load_checkpoint(folder)[0]
+        assert len(checkpoints_in(folder)) <= 3  # the oldest may be about to go
+        lines = (folder / COMPLETIONS_FILE).read_bytes().split(b"\n")[:-1]
+        assert [json.loads(line)["iteration"] for line in lines] == [*range(1, len(lines) + 1)]
+        assert len(lines) >= newest(folder)
+        in_writing += is_writing(folder)
         kills += 1
         assert kills < 25, f"only {in_writing} kills hit a checkpoint being written"
     finish(folder, *MANY, "--resume")
     assert_same_run(folder, calm)
+    assert (folder / COMPLETIONS_FILE).read_bytes() == (calm / COMPLETIONS_FILE).read_bytes()
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(uninterrupted, tmp_path):
-    folder, longer = tmp_path / "resumed", tmp_path / "longer"
-    shutil.copytree(uninterrupted, folder)
-    finish(longer, "--num_iterations", 12)
-    out = finish(folder, "--num_iterations", 12, "--resume")
-    assert "resuming after iteration 8" in out
-    assert_same_run(folder, longer)
+WEIGHTS = "policy.safetensors"
+DAMAGE = {
+    "stale": lambda folder: shutil.copy(folder.parent / "6" / WEIGHTS, folder),
+    "half": lambda folder: os.truncate(folder / WEIGHTS, 2_000_000),
+    "gone": lambda folder: (folder / WEIGHTS).unlink(),
+    "manifest": lambda folder: (folder / "manifest.json").write_text("[]"),
+}
 
 
-def test_the_last_two_checkpoints_are_kept(uninterrupted):
-    assert [path.name for path in checkpoints_in(uninterrupted)] == ["6", "8"]
-
-
-def test_a_checkpoint_holds_finite_tensors_of_every_part(uninterrupted):
-    tensors, rest = load_checkpoint(uninterrupted)
-    assert {name.split(".")[0] for name in tensors} == {"policy", "optimizer", "generators"}
-    assert all(torch.isfinite(value.float()).all() for value in tensors.values())
-    assert rest["problem_rng"][0] == 3 and rest["metrics"]["status"] == "running"
-
-
-@pytest.mark.parametrize("damage", ["a bit", "half", "gone", "manifest"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(unfinished, capsys, damage):
-    newest_folder = checkpoints_in(unfinished)[-1]
-    file = newest_folder / "policy.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "a bit":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif damage == "half":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "gone":
-        file.unlink()
-    else:
-        (newest_folder / "manifest.json").write_text("[]")
+    folder = unfinished / CHECKPOINTS / "8"
+    damage(folder)
     _, rest = load_checkpoint(unfinished)
     assert len(rest["metrics"]["iterations"]) == 6
-    out = capsys.readouterr().out
-    assert str(newest_folder) in out and "damaged" in out
+    assert f"{folder} is damaged" in capsys.readouterr().out
 
 
 def test_resume_is_refused_if_every_checkpoint_is_damaged(unfinished):
     for checkpoint in checkpoints_in(unfinished):
         (checkpoint / "state.json").write_text("{}")
     with pytest.raises(UserError, match="no checkpoint"):
-        resume()
+        main(arguments(*EIGHT, "--resume"))
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):
-    out = finish(tmp_path, "--resume", "--num_iterations", 1, "--eval_every", 0)
+    flags = ("--resume", "--num_iterations", 1, "--eval_every", 0, "--policy", "plain")
+    out = finish(tmp_path, *flags)
     assert "nothing to resume" in out and newest(tmp_path) == 1
-
-
-def test_resuming_a_finished_run_changes_no_file(uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert "is finished" in finish(folder, *LENGTH, "--resume")
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def test_a_fresh_start_over_an_unfinished_run_is_refused(unfinished):
-    with pytest.raises(UserError, match="--resume, choose another --output_dir"):
-        main(arguments(*LENGTH))
-    assert newest(unfinished) == 8
-
-
-def test_resume_refuses_settings_that_change_the_training(unfinished):
-    with pytest.raises(UserError) as error:
-        resume("--learning_rate", "2e-4", "--beta", 0.5, "--seed", 3, "--eval_every", 3)
-    for text in ("--learning_rate was 0.0001, is 0.0002", "--beta was 0.04, is 0.5", "--seed"):
-        assert text in str(error.value)
-    assert "eval_every" not in str(error.value)
-
-
-def test_resume_refuses_another_policy_class(unfinished):
-    assert load_checkpoint(unfinished)[1]["metrics"]["environment"]["policy"] == "tree"
-    with pytest.raises(UserError, match="policy was 'tree', is 'plain'"):
-        resume("--policy", "plain")
-
-
-def test_the_plain_policy_can_be_named(tmp_path):
-    out = finish(tmp_path, "--policy", "plain", "--num_iterations", 1, "--eval_every", 0)
     assert "policy plain: matches unpadded forward passes" in out
     assert read_metrics(tmp_path)["environment"]["policy"] == "plain"
 
 
-def rewrite(checkpoint, rest: dict) -> None:
-    """Put `rest` into a checkpoint, with matching checksums."""
-    (checkpoint / "state.json").write_text(json.dumps(rest))
-    (checkpoint / "manifest.json").unlink()
-    sums = {path.name: sha256(path) for path in checkpoint.iterdir()}
-    (checkpoint / "manifest.json").write_text(json.dumps({"sha256": sums}))
+def test_resuming_a_finished_run_changes_no_file(uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert "is finished" in finish(uninterrupted, *EIGHT, "--resume")
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
 
 
-def test_resume_refuses_a_base_model_that_has_changed(unfinished):
-    _, rest = load_checkpoint(unfinished)
-    rest["metrics"]["environment"]["base_model_crc32"] += 1
-    rewrite(unfinished / CHECKPOINTS / "8", rest)
-    with pytest.raises(UserError, match="base_model_crc32"):
-        resume()
+SETTINGS = "--resume --learning_rate 2e-4 --beta 0.5 --seed 3 --eval_every 3"
+CHANGED = "--beta was 0.04, is 0.5; --learning_rate was 0.0001, is 0.0002; --seed was 0, is 3"
+REFUSED = {
+    "a fresh start": ("", "--resume, choose another --output_dir"),
+    "settings that change the training": (SETTINGS, f"settings: {CHANGED}$"),
+    "another policy class": ("--resume --policy plain", "policy was 'tree', is 'plain'"),
+    "another length of a falling rate": (
+        "--resume --num_iterations 9",
+        "settings: --num_iterations was 8, is 9$",
+    ),
+}
 
 
-def test_a_falling_rate_fixes_the_number_of_iterations(unfinished):
-    _, rest = load_checkpoint(unfinished)
-    rest["metrics"]["config"]["lr_schedule"] = "linear"
-    rewrite(unfinished / CHECKPOINTS / "8", rest)
-    with pytest.raises(UserError, match="settings: --num_iterations was 8, is 9$"):
-        resume("--lr_schedule", "linear", "--num_iterations", 9)
+@pytest.mark.parametrize("flags, complaint", REFUSED.values(), ids=REFUSED)
+def test_what_would_spoil_an_unfinished_run_is_refused(unfinished, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        main(arguments(*EIGHT, *flags.split()))
+    assert newest(unfinished) == 8
+
+
+def test_resume_refuses_a_base_model_that_has_changed(unfinished, monkeypatch):
+    monkeypatch.setattr("engine.run.fingerprint", lambda model: 1)
+    with pytest.raises(UserError, match="base_model_crc32 was .*, is 1$"):
+        main(arguments(*EIGHT, "--resume"))
 
 
 def test_a_run_of_older_code_is_resumed(tmp_path, monkeypatch):
     """A setting that its checkpoint does not know counts as that setting's default."""
-    old = ROOT / "tests" / "old_run"
-    for part in ("run", "model"):
-        shutil.copytree(old / part, tmp_path / part)
+    old = shutil.copytree(ROOT / "tests" / "old_run", tmp_path / "old")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, tmp_path / "model")
-    shutil.copy(old / "judge.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    _, state = load_checkpoint(tmp_path / "run")
-    del state["metrics"]["config"]["lr_schedule"]
-    rewrite(tmp_path / "run" / CHECKPOINTS / "4", state)
+        shutil.copy(TINY / name, old / "model")
+
+    def load_older(output):
+        tensors, state = load_checkpoint(output)
+        del state["metrics"]["config"]["lr_schedule"]
+        return tensors, state
+
+    monkeypatch.setattr("engine.run.load_checkpoint", load_older)
     flags = ("--model_name", "model", "--rewards", "judge.py", "--output_dir", "run")
     flags += ("--eval_problems", 4, "--eval_every", 0, "--learning_rate", "1e-3", "--resume")
-    assert "resuming after iteration 4" in finish(tmp_path, *flags, "--num_iterations", 6)
+    assert "resuming after iteration 4" in finish(old, *flags, "--num_iterations", 6)
     expected = json.loads((old / "expected.json").read_text())
-    iterations = read_metrics(tmp_path / "run")["iterations"][4:]
+    iterations = read_metrics(old / "run")["iterations"][4:]
     for found, recorded in zip(iterations, expected, strict=True):
         del found["seconds"]
         assert found == pytest.approx(recorded, rel=1e-3, abs=1e-5)

@@ -152,7 +152,7 @@ def test_the_generator_alone_decides_what_is_sampled():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
     logits = torch.randn(9, 7, generator=seeded(5)) * temperature
-    logits[:, [0, 3, 6]] = -torch.inf
+    logits[:4, [0, 3, 6]] = -torch.inf
     rows = torch.randint(9, (2000,), generator=seeded(7))
     probabilities = (logits.double() / temperature).softmax(dim=1).tolist()
     uniform = torch.rand(2000, dtype=torch.double, generator=seeded(6)).tolist()
@@ -161,7 +161,7 @@ def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
         sums = itertools.accumulate(probabilities[row])
         expected.append(next(i for i, total in enumerate(sums) if at < total))
     token, logprob = sample_tokens(logits, rows, temperature, seeded(6))
-    assert torch.equal(token, torch.tensor(expected)) and set(expected) == {1, 2, 4, 5}
+    assert torch.equal(token, torch.tensor(expected)) and set(expected) == set(range(7))
     torch.testing.assert_close(logprob, logits.log_softmax(dim=1)[rows, token])
 
 
@@ -180,3 +180,39 @@ def test_weights_that_are_nan_crash_no_sampling(kind):
     for temperature in (1.0, 0.5, 0.0):
         batch = rollout(policy, Numbers(), left_padded(PROMPTS), 4, 6, seeded(1), temperature)
         assert batch.completion_ids.max() < policy.model.config.vocab_size
+
+
+@BOTH
+def test_sampling_uses_the_cache_whatever_the_config_says(kind):
+    policy = kind(small_model("llama", use_cache=False))
+    batch = rollout(policy, Numbers(), left_padded(PROMPTS), 2, 5, seeded(1))
+    expected = unpadded_logprobs(policy.model, batch)
+    torch.testing.assert_close(batch.sampled_logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_the_temperature_is_1_unless_given():
+    policy, prompts = Policy(small_model("llama")), left_padded(PROMPTS)
+    expected = rollout(policy, Numbers(), prompts, 1, 6, seeded(1), 1.0).completion_ids
+    found = rollout(policy, Numbers(), prompts, 1, 6, seeded(1)).completion_ids
+    assert torch.equal(found, expected)
+    assert torch.equal(policy.sample(*prompts, 6, torch.tensor([2]), seeded(1))[0], expected)
+
+
+def test_texts_keep_special_tokens_and_spaces():
+    class Untidy(Numbers):
+        def batch_decode(self, rows, skip_special_tokens=True, clean_up_tokenization_spaces=True):
+            assert skip_special_tokens is False and clean_up_tokenization_spaces is False
+            return super().batch_decode(rows)
+
+    assert rollout(Policy(small_model("llama")), Untidy(), left_padded(PROMPTS), 1, 2).texts
+
+
+def test_sampling_makes_tensors_on_the_device_of_the_model(monkeypatch):
+    """`meta` stands for a GPU: tensors made on the default device cannot meet the others."""
+    uniform = torch.linspace(0, 0.9, 6, dtype=torch.double)
+    monkeypatch.setattr(torch, "rand", lambda count, **options: uniform)
+    policy, prompts = Policy(small_model("llama")), left_padded(PROMPTS)
+    expected = rollout(policy, Numbers(), prompts, 2, 4)
+    with torch.device("meta"):
+        found = rollout(policy, Numbers(), prompts, 2, 4)
+    assert torch.equal(found.completion_ids, expected.completion_ids)

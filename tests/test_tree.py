@@ -28,7 +28,14 @@ from small_models import (
 
 from engine.files import UserError
 from engine.policy import Policy, Rollout
-from engine.tree import PrefixTree, RolloutTree, TreePolicy, choose_policy
+from engine.tree import (
+    MAX_NODES,
+    MAX_NODES_ELSEWHERE,
+    PrefixTree,
+    RolloutTree,
+    TreePolicy,
+    choose_policy,
+)
 from train_grpo import Config, rollout
 
 BEGINNING = random_ids(4, seed=4)
@@ -256,6 +263,14 @@ def test_micro_batches_keep_all_completions_within_both_bounds(size, max_nodes):
         assert len(micro_batches) > 2  # so both groups were split
 
 
+def test_a_batch_is_cut_into_as_few_parts_as_fit():
+    batch, policy = random_batch(), TreePolicy(small_model("llama"))
+    nodes = [len(policy.prepare(part).tree) for part in (batch, batch[:12], batch[12:])]
+    for max_nodes, lengths in ((nodes[0], [24]), (max(nodes[1:]), [12, 12])):
+        policy.max_nodes = max_nodes
+        assert [len(part) for part in policy.micro_batches(batch)] == lengths
+
+
 def test_a_completion_over_the_bound_stands_alone():
     batch = ragged_batch(PROMPTS[:1], COMPLETIONS[:4])
     policy = TreePolicy(small_model("llama"))
@@ -286,6 +301,14 @@ def test_long_prompts_are_read_in_chunks_with_the_same_result():
     assert len(reads) > 2 and max(map(len, reads)) == 7
     tree.model._forward_pre_hooks.clear()
     assert_same_rollouts(plain, tree, PROMPTS, 3, 4, 1.0)
+
+
+@torch.no_grad()
+def test_prompts_are_read_in_chunks_of_any_size():
+    policy, prompts = TreePolicy(small_model("llama")), left_padded(PROMPTS)
+    expected, _, cache = policy.prefill(*prompts)
+    for policy.max_nodes in range(1, len(cache.depth)):
+        torch.testing.assert_close(policy.prefill(*prompts)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_tree_is_built_once_for_all_passes(monkeypatch):
@@ -424,9 +447,84 @@ def test_a_pass_that_shares_little_takes_the_plain_path(monkeypatch):
 
 def test_auto_leaves_the_tree_where_a_batch_may_outgrow_it(capsys):
     prompts = left_padded([[5, 6], [7]])
-    for completions, kind in ((8, TreePolicy), (10_000, Policy)):
+    for completions, kind in ((8192, TreePolicy), (10_000, Policy)):
         policy = choose_policy(
             "auto", small_model("llama"), torch.float32, prompts, 2, 4, completions
         )
         assert type(policy) is kind
     assert "policy plain: a batch may grow a tree of 40,000 nodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [Policy, TreePolicy])
+def test_scoring_builds_no_cache(kind):
+    policy, caches = kind(small_model("llama")), []
+    policy.model.register_forward_hook(lambda *call: caches.append(call[-1].past_key_values))
+    policy(random_batch())
+    assert caches == [None]
+
+
+@pytest.mark.parametrize("kind", [Policy, TreePolicy])
+@torch.no_grad()
+def test_tensors_are_made_on_the_device_of_the_model(kind):
+    """`meta` stands for a GPU: tensors made on the default device cannot meet the others."""
+    policy, prompts = kind(small_model("llama")), left_padded(PROMPTS[:2])
+    batch = policy.prepare(ragged_batch(PROMPTS[:2], COMPLETIONS[:2]))
+    expected, (_, _, cache) = policy(batch), policy.prefill(*prompts)
+    with torch.device("meta"):
+        assert torch.equal(policy(batch), expected)
+        policy.decode(cache, torch.tensor([3, 4], device="cpu"), torch.ones(2, device="cpu") > 0)
+    assert cache.model_cache
+
+
+def test_on_a_cpu_trees_are_small_and_attention_is_eager():
+    policy = TreePolicy(small_model("llama"))
+    assert policy.max_nodes == MAX_NODES["cpu"]
+    assert policy.model.config._attn_implementation == "eager"
+    policy = TreePolicy(small_model("llama").to("meta"))
+    assert policy.max_nodes == MAX_NODES_ELSEWHERE > MAX_NODES["cpu"]
+    assert policy.model.config._attn_implementation == "sdpa"
+
+
+def test_the_mask_of_a_bfloat16_tree_is_bfloat16():
+    policy = TreePolicy(small_model("llama"), torch.bfloat16)
+    visible, depth = torch.tensor([[True, False], [True, True]]), torch.tensor([0, 1])
+    mask = policy.attention_mask(visible, depth, depth)
+    lowest = torch.finfo(torch.bfloat16).min
+    assert mask.dtype == torch.bfloat16 and mask.tolist() == [[[[0, lowest], [0, 0]]]]
+
+
+@pytest.mark.parametrize("name", ["auto", "tree", "plain"])
+def test_the_policy_computes_in_the_type_asked_for(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = choose_policy(name, small_model("llama"), dtype, left_padded(PROMPTS), 2, 3)
+        assert policy.compute_dtype == dtype
+
+
+def test_the_plain_policy_keeps_the_attention_of_the_model():
+    for attention in ("eager", "sdpa"):
+        policy = choose(small_model("lfm2", attn_implementation=attention))
+        assert type(policy) is Policy
+        assert policy.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ValueError(" no\nnever"), "no"), (KeyError(), "KeyError")]
+)
+def test_a_refusal_names_what_failed_in_one_line(error, reason):
+    model = small_model("llama")
+
+    def forward(input_ids, attention_mask=None):
+        raise error
+
+    model.forward = forward
+    with pytest.raises(UserError) as raised:
+        choose(model)
+    refused = "a model of type llama cannot be trained"
+    assert str(raised.value) == f"{refused}: tree fails ({reason}); plain fails ({reason})"
+
+
+def test_samples_at_start_up_have_full_length_and_one_seed():
+    model, before = small_model("llama", vocabulary=4), torch.get_rng_state()
+    # Nearly every sample holds token 0: as an end token it would be noticed.
+    assert type(choose(model, prompts=[[3], [3, 3]])) is TreePolicy
+    assert torch.equal(torch.get_rng_state(), before)

@@ -25,6 +25,7 @@ from small_models import (
 import train_grpo
 from engine.metrics import batch_metrics
 from engine.policy import Policy, Rollout
+from engine.problems import RewardFile
 from engine.tree import TreePolicy
 from train_grpo import (
     Arithmetic,
@@ -325,3 +326,36 @@ def test_advantages_are_scaled_as_the_setting_says(tiny, monkeypatch):
     # Advantages without scaling are rewards up to a constant per group.
     torch.testing.assert_close(found["group"], group_advantages(found["none"], 4))
     assert not torch.equal(found["group"], found["none"])
+
+
+@BOTH
+def test_an_update_reads_micro_batches_of_the_size_asked_for(kind):
+    policy, sizes = kind(small_model("llama")), []
+    reference = nearby(policy)
+    policy.register_forward_pre_hook(lambda policy, inputs: sizes.append(len(inputs[0])))
+    config = Config(num_inner_updates=2, micro_batch_size=3)
+    update(policy, reference, Recorder(policy), make_batch(), ADVANTAGES, config)
+    assert sizes == [3, 3, 2] * 2
+
+
+class Breaker(Recorder):
+    """An optimizer whose step ruins the weights: all later gradients are NaN."""
+
+    def step(self) -> None:
+        self.policy.model.get_output_embeddings().weight.data.fill_(torch.nan)
+
+
+def test_metrics_are_means_over_the_updates_that_were_taken():
+    found = []
+    for updates in (1, 3):
+        policy = Policy(small_model("llama"))
+        config = Config(num_inner_updates=updates)
+        inputs = policy, nearby(policy), Breaker(policy), make_batch(), ADVANTAGES
+        found.append(update(*inputs, config))
+    assert [metrics.pop("skipped_updates") for metrics in found] == [0, 2]
+    assert found[0] == found[1]
+
+
+def test_as_many_answers_as_completions_are_asked_for():
+    with pytest.raises(ValueError):
+        reward_function(["<answer>7</answer>"] * 2, [7], RewardFile())
