@@ -106,6 +106,7 @@ def test_the_reference_equals_a_bfloat16_policy_bit_for_bit():
     policy = Policy(small_model("llama"), torch.bfloat16)
     reference, batch = frozen_copy(policy), ragged_batch(PROMPTS, COMPLETIONS)
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
     with torch.no_grad():
         assert torch.equal(reference(batch), policy(batch))
 

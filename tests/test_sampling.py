@@ -165,11 +165,19 @@ def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
     torch.testing.assert_close(logprob, logits.log_softmax(dim=1)[rows, token])
 
 
-def test_a_uniform_number_of_0_draws_a_possible_token(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.zeros(n, dtype=torch.double))
-    logits = torch.zeros(3, 5)
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 1e-9, 3)])
+def test_uniform_numbers_at_the_ends_draw_possible_tokens(monkeypatch, uniform, token):
+    drawn = torch.full((50,), uniform, dtype=torch.double)
+    monkeypatch.setattr(torch, "rand", lambda count, **options: drawn)
+    logits = torch.randn(50, 5, generator=seeded(0))
     logits[:, [0, 4]] = -torch.inf
-    assert sample_tokens(logits, torch.arange(3), 1.0, None)[0].tolist() == [1, 1, 1]
+    assert sample_tokens(logits, torch.arange(50), 1.0, None)[0].tolist() == [token] * 50
+
+
+def test_draws_are_exact_in_a_vocabulary_of_200000():
+    token, _ = sample_tokens(torch.zeros(2, 200_000), torch.arange(400) % 2, 1.0, seeded(0))
+    uniform = torch.rand(400, dtype=torch.double, generator=seeded(0))
+    assert torch.equal(token, (uniform * 200_000).long())
 
 
 @BOTH
