@@ -68,7 +68,7 @@ def run_mutmut(patterns: list[str]) -> None:
     with LOG.open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env)
     if done.returncode:
-        sys.exit(f"{LOG.read_text()[-3000:]}\nmutmut failed; see {LOG}")
+        sys.exit(f"{LOG.read_text()[-3000:]}\nmutmut exited with {done.returncode}; see {LOG}")
 
 
 def main() -> int:

@@ -83,7 +83,7 @@ def test_a_run_of_a_preset_has_its_settings(run):
     metrics = json.loads(read(f"results/{run}/grpo_metrics.json"))
     config, preset = metrics["config"], asdict(Config()) | PRESETS[RUNS[run]]
     changed = {name for name, value in config.items() if value != preset[name]}
-    model = {"model_name"} if RUNS[run] == "reference" else set()
+    model = {"model_name", "num_iterations"} if RUNS[run] == "reference" else set()
     assert changed - {"output_dir", "seed"} == {"preset"} | model
     assert metrics["status"] == "finished"
     assert len(metrics["iterations"]) == config["num_iterations"]
