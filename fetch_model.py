@@ -32,6 +32,7 @@ from engine.files import (
     ScriptParser,
     UserError,
     exit_code,
+    first_line,
     replace_folder,
     sha256,
     write_json,
@@ -134,8 +135,8 @@ def from_hub(source: dict, tmp_dir: Path):
         name, revision = source["model"], source["version"]
         files = [huggingface_hub.hf_hub_download(name, f, revision=revision) for f in HUB_FILES]
     except Exception as error:  # no network, a proxy, a full disk, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot download {source['model']} from the hub: {reason}") from error
+        text = f"cannot download {source['model']} from the hub: {first_line(error)}"
+        raise UserError(text) from error
     folder = str(Path(files[0]).parent)
     check(Path(folder) / "model.safetensors", source)
     # Not the class that the files name (GPT-2's), which does not split digits.

@@ -21,7 +21,7 @@ from engine.machine import choose_device, choose_dtype
 from engine.models import choose_preset, load_model, model_folder
 from engine.policy import Policy
 from engine.problems import RewardFile
-from engine.prompt import read_prompt
+from engine.prompt import check_question, read_prompt
 from train_grpo import PRESETS, Config, answer_questions, load_task
 
 LONGEST = 4000  # characters of a question
@@ -82,16 +82,6 @@ def why_not_run(model_name: str) -> str | None:
     return None
 
 
-def check_question(question: str, tokenizer) -> None:
-    """Raise UserError for a question that cannot be put into a chat."""
-    check_text("the question", question)
-    if len(question) > LONGEST:
-        raise UserError(f"the question has {len(question)} characters; at most {LONGEST} fit")
-    for token in tokenizer.all_special_tokens:
-        if token in question:
-            raise UserError(f"the question holds {token}, which this model reserves; reword it")
-
-
 def most_common_answer(completions: list[str], parse: Callable) -> str:
     """The answer that most completions give (the first one in a tie), or `no answer`."""
     answers = [parse(text) for text in completions]
@@ -150,11 +140,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("standard input is not UTF-8 text") from error
     questions, samples = [line.strip() for line in lines], args.num_samples
     for question in questions:
+        check_text("the question", question)
+        if len(question) > LONGEST:
+            raise UserError(f"the question has {len(question)} characters; at most {LONGEST} fit")
         check_question(question, tokenizer)
     asked = [question for question in questions if question for _ in range(samples)]
-    answers = answer_questions(policy, tokenizer, prompt, asked, None, args.temperature)
+    rest = answer_questions(policy, tokenizer, prompt, asked, None, args.temperature)
     for question in questions:
-        texts, answers = (answers[:samples], answers[samples:]) if question else ([], answers)
+        texts, rest = (rest[:samples], rest[samples:]) if question else ([], rest)
         for text in texts if args.verbose else []:
             print(text)
         print(most_common_answer(texts, rewards.parse if rewards else str), flush=True)

@@ -26,7 +26,7 @@ WINDOW = 50  # iterations in the moving average
 
 
 def read_metrics(path: Path) -> dict:
-    """Read the metrics of a run. Raises UserError if the file holds something else."""
+    """Read the metrics of a run. Raises UserError if the file lacks them, or has none yet."""
     metrics = read_json(path)
     if not all(isinstance(metrics.get(name), list) for name in ("iterations", "evaluations")):
         raise UserError(f"{path} is not a metrics file of train_grpo.py")

@@ -40,7 +40,7 @@ from engine.metrics import accuracy_summary, batch_metrics, group_record
 from engine.models import choose_preset, eos_token_ids
 from engine.policy import Policy, Rollout, frozen_copy
 from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
-from engine.prompt import Prompt, check_length, encode_prompts, make_prompt
+from engine.prompt import Prompt, check_length, decode, encode_prompts, make_prompt
 from engine.run import Run, nothing_to_resume
 from engine.tree import load_policy
 from rewards import score
@@ -212,10 +212,14 @@ class Arithmetic:
         """The first of EXAMPLES, to show in the prompt."""
         return [self.problem(*example) for example in EXAMPLES[:count]]
 
-    def extremes(self) -> list[str]:
-        """The shortest and the longest question."""
+    def questions(self) -> list[str]:
+        """Questions of which one is the shortest and one the longest."""
         numbers = sorted(range(self.low, self.high + 1), key=lambda n: len(str(n)))
         return [self.problem(n, "+", n, "+", n).question for n in (numbers[0], numbers[-1])]
+
+    def where(self, question: str) -> str:
+        """What an error calls a question."""
+        return f"the question {question!r}"
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,7 @@ def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, Pro
     else:
         raise UserError("--problems has no operands; leave out --min_operand and --max_operand")
     rewards, examples = RewardFile(config.rewards), problems.examples(config.num_examples)
-    rewards.try_out(problems.examples(1)[0].answer, examples)
+    rewards.try_out(problems.examples(3), examples)
     shown = [[p.question, p.completion] for p in examples]
     return problems, rewards, make_prompt(config, shown, rewards.sha256)
 
@@ -262,11 +266,8 @@ def rollout(
         prompt_ids, prompt_mask, max_new_tokens, eos_ids, generator, temperature
     )
     visible = (mask & ~torch.isin(ids, eos_ids)).cpu()  # (B*G, T)
-    texts = tokenizer.batch_decode(
-        [row[keep].tolist() for row, keep in zip(ids.cpu(), visible, strict=True)],
-        skip_special_tokens=False,  # dropping them would hide them from the format reward
-        clean_up_tokenization_spaces=False,
-    )
+    rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), visible, strict=True)]
+    texts = decode(tokenizer, rows)
     return Rollout(prompt_ids, prompt_mask, ids, mask.float(), logprobs, truncated, texts)
 
 
@@ -535,9 +536,10 @@ def train(config: Config) -> int:
         for iteration in run:  # until done, stopped, sick or interrupted; a resumed run goes on
             set_learning_rate(learner.optimizer, config, iteration)
             run.log_iteration(*train_iteration(task, learner, config))
+            run.save()
             if run.due("validation"):
                 measure("validation", learner.policy, run.iteration)
-            run.save()
+                run.save()
         if run.finished and not run.evaluated("validation"):
             measure("validation", learner.policy, run.iteration)
         best = run.load_best()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import distributed
-from engine.files import UserError, read_json, sha256, sync
+from engine.files import UserError, out_of_memory, read_json, sha256, sync
 
 CHECKPOINTS = "checkpoints"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -106,4 +106,6 @@ def restore(learner, tensors: dict[str, Tensor], state: dict) -> None:
         seed, iteration = state["metrics"]["config"]["seed"], len(state["metrics"]["iterations"])
         distributed.restore_generator(learner.token_rng, tensors["generators"], seed, iteration)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error

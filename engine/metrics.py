@@ -117,8 +117,11 @@ def reason_to_stop(metrics: dict) -> tuple[str, str] | None:
     return None
 
 
-def no_signal(metrics: dict) -> str | None:
-    """A warning if no group of the last WINDOW iterations had rewards that differ, else None."""
+def no_signal(metrics: dict, special_tokens: list[str]) -> str | None:
+    """A warning if no group of the last WINDOW iterations had rewards that differ, else None.
+
+    A special token in a truncated completion may be the end token that nobody named.
+    """
     recent = metrics["iterations"][-WINDOW:]
     if len(recent) < WINDOW or any(m["frac_zero_std_groups"] < 1 for m in recent):
         return None
@@ -126,11 +129,13 @@ def no_signal(metrics: dict) -> str | None:
     parts = [n.removeprefix("reward_") for n in mean if n.startswith("reward_")]
     earned = ", ".join(f"{part} {mean[f'reward_{part}']:.2f}" for part in parts)
     example = metrics["evaluations"][-1]["example"]
+    ends = [token for token in special_tokens if token in example["completion"]]
+    unnamed = f", or name {ends[0]} as an end token in generation_config.json" if ends else ""
     return (
         f"warning: for {WINDOW} iterations the completions of every group got equal rewards, so"
         " there was nothing to learn from. Likely causes: completions end before the answer"
         f" ({mean['truncated']:.0%} truncated; try a larger --max_new_tokens, or a chat template"
-        " without thinking); the model never answers in the form that the reward asks for"
+        f" without thinking{unnamed}); the model never answers in the form that the reward asks for"
         f" ({earned}; try --num_examples 3); the task is too hard or too easy"
         f" ({mean['accuracy']:.0%} exact; try other problems); the learning rate is too high and"
         f" entropy is gone ({mean['entropy']:.2f}; try a smaller --learning_rate). At the last"

@@ -2,22 +2,38 @@
 
 import copy
 import dataclasses
+import re
 import shutil
 import zlib
 from pathlib import Path
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers  # its parts are loaded when they are first used
 from safetensors import SafetensorError
 from torch import nn
 
-from engine.files import ROOT, UserError, read_json, replace_folder, write_json
+from engine.files import (
+    ROOT,
+    UserError,
+    first_line,
+    out_of_memory,
+    read_json,
+    replace_folder,
+    write_json,
+)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 PROMPT_FILE = "grpo_prompt.json"
 SOURCE_FILE = "grpo_source.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "chat_template*", "LICENSE*")
+LFS_POINTER = b"version https://git-lfs"
+FLOATS = ("F64", "F32", "F16", "BF16")
+SCALE = re.compile(r"(.*weight)[._]?(scale|zero|absmax)")
+NOT_QUANTISED = "name the unquantised model, since quantised weights cannot be trained"
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -59,13 +75,37 @@ def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
     `model` is the one that the reference preset trains.
     """
     if not torch.cuda.is_available():
-        return "tiny", "the bundled model, since there is no CUDA device"
+        return "tiny", "the bundled model, since PyTorch finds no CUDA device"
     where = hub_source(model)
     if where:
-        return "reference", f"there is CUDA, and {model} is {where}"
+        return "reference", f"PyTorch finds a CUDA device, and {model} is {where}"
+    absent = f"{model} is neither in the cache nor on a hub in reach"
     if model_folder(presets["smollm2"]["model_name"]):
-        return "smollm2", f"there is CUDA, {model} is not available, SmolLM2 was fetched"
-    return "tiny", f"the bundled model, since {model} is not available"
+        return "smollm2", f"PyTorch finds a CUDA device, {absent}, SmolLM2 was fetched"
+    return "tiny", f"the bundled model, since {absent}, and SmolLM2 was not fetched"
+
+
+def why_untrainable(folder: Path) -> str | None:
+    """Why the files of a model cannot be trained, with the remedy; None if nothing is seen."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{path.name} is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    endings = {path.suffix for path in files}
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return "it is an adapter; merge it into its base model, and name the merged model"
+    if ".bin" in endings and ".safetensors" not in endings:
+        return "its weights are .bin files, which can run code; convert them to safetensors"
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            weights |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for name, dtype in weights.items():
+        scaled = SCALE.match(name)
+        if (scaled and scaled[1] in weights) or (name.endswith("weight") and dtype not in FLOATS):
+            return f"{name} shows that its weights are quantised; {NOT_QUANTISED}"
+    return None
 
 
 def load_model(name: str, device: torch.device):
@@ -86,32 +126,67 @@ def load_model(name: str, device: torch.device):
         )
     source, safe = str(folder or name), {"trust_remote_code": False}
     try:
+        problem = folder and why_untrainable(folder)
+        if not problem:
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
+            if getattr(config, "quantization_config", None):
+                problem = f"its weights are quantised; {NOT_QUANTISED}"
+        if problem:
+            refuse(problem)
         options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
         model, loading = found
+        if folder is None:  # it is in the cache now
+            folder = Path(huggingface_hub.try_to_load_from_cache(name, "config.json")).parent
+            problem = why_untrainable(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
-        eos_token_ids(model, tokenizer)  # raises if there is none
+        ends = eos_token_ids(model, tokenizer)  # raises if there is none
+    except UserError:
+        raise
     except Exception as error:  # foreign files can cause any error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {name} cannot be loaded: {reason}") from error
+        if out_of_memory(error):
+            raise
+        raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
+    if problem:
+        refuse(problem)
     if tokenizer.chat_template is None:
         refuse("it has no chat template; use an instruction-tuned model")
     if loading["missing_keys"]:  # transformers would initialise them at random
         refuse(f"its files lack weights: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
+    if loading["unexpected_keys"]:
+        unused = ", ".join(sorted(loading["unexpected_keys"])[:3])
+        print(f"warning: model {name} has weights that it does not use: {unused}, ...")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         refuse("its tokenizer has more tokens than the model; it belongs to another one")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = str(folder)  # whose files a trained model gets
+    freeze_beside_text(model)
     return model.to(device), tokenizer
 
 
+def freeze_beside_text(model: nn.Module) -> None:
+    """Do not train what text never passes through, like a vision tower: it gets no gradient."""
+    if model.config.get_text_config() is model.config:
+        return
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    text = {p for module in (model.get_decoder(), *embeddings) for p in module.parameters()}
+    beside = {name: p for name, p in model.named_parameters() if p not in text}
+    for p in beside.values():
+        p.requires_grad_(False)
+    parts = sorted({".".join(name.split(".")[:2]) for name in beside})
+    print(f"note: not trained, since text does not pass through: {', '.join(parts)}")
+
+
 def eos_token_ids(model: nn.Module, tokenizer) -> list[int]:
-    """The tokens that end a completion: those the model names, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    ids = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(token, int) for token in ids):
-        raise UserError(f"the model names no end-of-sequence token, but {ids}")
+    """The tokens that end a completion: those that the model names, and the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    ids = [i for i in dict.fromkeys([*named, tokenizer.eos_token_id]) if i is not None]
+    if not ids or not all(isinstance(token, int) for token in ids):
+        raise UserError(f"the model names no end-of-sequence token, but {named}")
     return ids
 
 
@@ -123,13 +198,38 @@ def write_model(model: nn.Module, tokenizer, prompt, folder: Path, card: str) ->
         do_sample=False,
         eos_token_id=eos_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=model.config.bos_token_id,
+        bos_token_id=getattr(model.config.get_text_config(), "bos_token_id", None),
     )
     folder.mkdir(exist_ok=True)  # no parents: save_pretrained would recreate a deleted output_dir
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # The base model's own: transformers 5 rewrites them in a form that older readers refuse.
+    base = Path(tokenizer.name_or_path or "no folder")
+    copied = [path for pattern in TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()]
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
+    if not copied:
+        tokenizer.save_pretrained(folder)
     write_json(folder / PROMPT_FILE, dataclasses.asdict(prompt))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_saving(model: nn.Module, tokenizer, prompt, output: Path) -> None:
+    """Save a model to a scratch folder, read it back, compare. Raises UserError if it differs."""
+    scratch = output / "saved_model.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        write_model(model, tokenizer, prompt, scratch, card="")
+        saved = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
+        weights = saved.state_dict()
+        differ = [n for n, w in model.state_dict().items() if not w.cpu().equal(weights[n])]
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # third-party code
+        raise UserError(f"this model cannot be saved and loaded again: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if differ:
+        raise UserError(f"this model is not saved as it is: {', '.join(differ[:3])} differ")
 
 
 def save_model(model: nn.Module, tokenizer, prompt, output: Path, metrics: dict) -> None:
@@ -178,7 +278,8 @@ Sampled is at temperature 1, one sample per problem.
 {accuracies}
 
 Other skills of the base model may be lost: on questions off the task its answers are {drift:.2g}
-nats per token away from the base model's.
+nats per token away from the base model's. The weights are float32: at a learning rate of 1e-7,
+rounding to bfloat16 would erase what was learned.
 
 ## Recipe
 

@@ -69,8 +69,12 @@ class Policy(nn.Module):
             model.set_attn_implementation("eager")
 
     def eager_attention(self) -> bool:
-        """Whether plain attention is faster than PyTorch's fused one: in bfloat16 on a CPU."""
-        return self.model.device.type == "cpu" and self.compute_dtype == torch.bfloat16
+        """Whether to compute attention plainly: where PyTorch's fused one is slower (in bfloat16 on
+        a CPU), or leaves out the cap on attention scores that some models have.
+        """
+        capped = getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None)
+        slow = self.model.device.type == "cpu" and self.compute_dtype == torch.bfloat16
+        return bool(capped) or slow
 
     def micro_batches(self, rollout: Rollout, size: int = 0) -> list[Rollout]:
         """Cut into as few equal parts as possible, of at most `size` completions (0: any) that fit.
@@ -79,10 +83,12 @@ class Policy(nn.Module):
         """
         count = math.ceil(len(rollout) / (size or len(rollout)))
         while True:
-            rows = math.ceil(len(rollout) / count)
-            starts = range(0, len(rollout), rows)
-            chunks = [self.prepare(rollout[i : i + rows]) for i in starts]
-            if rows == 1 or all(self.fits(chunk) for chunk in chunks):
+            rows, chunks = math.ceil(len(rollout) / count), []
+            for i in range(0, len(rollout), rows):
+                chunks.append(self.prepare(rollout[i : i + rows]))
+                if rows > 1 and not self.fits(chunks[-1]):
+                    break
+            else:
                 return chunks
             count += 1
 

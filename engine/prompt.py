@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from engine.files import UserError, read_json
 from engine.models import PROMPT_FILE, model_folder
@@ -46,7 +48,7 @@ def template_kwargs(text: str) -> dict:
     """Read --chat_template_kwargs. Raises UserError."""
     try:
         kwargs = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--chat_template_kwargs {text:.80}: not valid JSON: {error}") from error
     if not isinstance(kwargs, dict):
         raise UserError(f'--chat_template_kwargs {text:.80}: not an object like {{"a": false}}')
@@ -74,7 +76,9 @@ def read_prompt(model_name: str) -> Prompt | None:
         return None
     try:
         prompt = Prompt(**read_json(folder / PROMPT_FILE))
-        if all(isinstance(getattr(prompt, f.name), f.type) for f in dataclasses.fields(Prompt)):
+        types = {f.name: f.type for f in dataclasses.fields(Prompt)}
+        sound = all(isinstance(getattr(prompt, name), kind) for name, kind in types.items())
+        if sound and prompt.max_new_tokens > 0:
             return prompt
     except TypeError:  # names are missing or unknown
         pass
@@ -89,22 +93,102 @@ def encode_prompts(
     Returns (prompt_ids, prompt_mask), both (B, P) int64; the mask is 1 on real tokens. Raises
     UserError if the chat template fails.
     """
-    chats = [prompt.chat(question) for question in questions]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    texts = render(tokenizer, [prompt.chat(question) for question in questions], prompt)
     try:
-        texts = tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs
-        )
-    except Exception as error:  # the template is foreign code, run in a sandbox
-        raise UserError(f"the model's chat template fails: {error}") from error
-    batch = tokenizer(
-        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
+        batch = tokenizer(texts, add_special_tokens=False, **options)
+    except Exception as error:  # third-party code on foreign files
+        raise UserError(f"the model's tokenizer fails: {error}") from error
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
-def check_length(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> None:
+def render(tokenizer, chats: list[list[dict]], prompt: Prompt, answered: bool = False) -> list[str]:
+    """The texts that the chat template makes of chats. Raises UserError if it fails."""
+    options = {"tokenize": False, "add_generation_prompt": not answered}
+    try:
+        return tokenizer.apply_chat_template(chats, **options, **prompt.chat_template_kwargs)
+    except Exception as error:  # the template is foreign code, run in a sandbox
+        remedy = ""
+        if prompt.system:
+            remedy = (
+                '; if it takes no system line: --system_prompt "", and the rule in the question'
+            )
+        raise UserError(f"the model's chat template fails: {error}{remedy}") from error
+
+
+def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[int]) -> None:
+    """Compare what the chat template makes of a prompt with what it was given.
+
+    Raises UserError if it loses the question; prints a warning for each other surprise.
+    """
+    shown = [text for example in prompt.examples for text in example]
+    for question in questions:
+        [text] = render(tokenizer, [prompt.chat(question)], prompt)
+        if question.strip() not in text:
+            raise UserError(
+                f"the model's chat template leaves out the question {question!r}: it makes {text!r}"
+                " of it; use a template that takes the content of a message as text"
+            )
+    for part, given in (("system line", [prompt.system]), ("worked examples", shown)):
+        if any(each.strip() not in text for each in given):
+            print(f"warning: the model's chat template leaves out the {part}")
+    if re.search("strftime_now|date_string", str(tokenizer.chat_template)):
+        print(
+            "warning: the model's chat template writes the date, so that runs of different days"
+            """ differ; fix it with --chat_template_kwargs '{"date_string": "26 Jul 2024"}'"""
+        )
+    answer = {"role": "assistant", "content": "an answer"}
+    [text] = render(tokenizer, [[*prompt.chat(questions[0]), answer]], prompt, answered=True)
+    after = text.rpartition("an answer")[2].strip()
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    if first and first[0] not in eos_ids:
+        ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(eos_ids)))
+        print(
+            f"warning: the chat template ends an answer with {tokenizer.decode(first)!r}, but only"
+            f" {ends} ends a completion; name it in the model's generation_config.json"
+        )
+
+
+def check_question(question: str, tokenizer, where: str = "the question") -> None:
+    """Raise UserError for a question that holds a token which steers the chat."""
+    for token in tokenizer.all_special_tokens:
+        if token in question:
+            raise UserError(f"{where} holds {token}, which this model reserves; reword it")
+
+
+def longest_last(tokenizer, questions: list[str], prompt: Prompt) -> list[str]:
+    """The question with the shortest prompt and the one with the longest, in tokens."""
+    lengths = []
+    for start in tqdm(range(0, len(questions), 1000), delay=2, leave=False, disable=None):
+        chunk = tokenizer(questions[start : start + 1000], add_special_tokens=False)
+        lengths += map(len, chunk["input_ids"])
+    order = sorted(range(len(questions)), key=lengths.__getitem__)
+    # The template may join tokens at the edges of a question.
+    candidates = [questions[i] for i in order[-16:]]
+    _, mask = encode_prompts(tokenizer, candidates, prompt, "cpu")
+    return [questions[order[0]], candidates[int(mask.sum(dim=1).argmax())]]
+
+
+def decode(tokenizer, rows: list[list[int]]) -> list[str]:
+    """The texts of completions, special tokens included.
+
+    A model can have more logits than its tokenizer has tokens. Such ids decode to nothing, so a
+    reward would not see them: they become the whole text.
+    """
+    texts = tokenizer.batch_decode(
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    unknown = [[i for i in row if i >= len(tokenizer)] for row in rows]
+    return [f"<unknown tokens {ids}>" if ids else t for t, ids in zip(texts, unknown, strict=True)]
+
+
+def check_length(
+    model: nn.Module, prompt_ids: Tensor, new_tokens: int, where: str = "the question"
+) -> None:
     """Raise UserError if prompts (B, P) and new tokens exceed the model's context."""
     length = prompt_ids.shape[1] + new_tokens
-    limit = getattr(model.config, "max_position_embeddings", None) or length
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
     if length > limit:
-        raise UserError(f"prompt and answer need {length} tokens; this model's context is {limit}")
+        raise UserError(
+            f"{where}: prompt and answer need {length} tokens; this model's context is {limit}"
+        )

@@ -6,6 +6,7 @@ and a 4-dimensional attention mask lets it see its ancestors and itself.
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,15 +15,22 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from engine.files import UserError
+from engine.files import UserError, first_line, out_of_memory
 from engine.machine import choose_device, choose_dtype, tune_cpu_memory
-from engine.models import load_model
+from engine.models import eos_token_ids, load_model
 from engine.policy import Policy, Rollout, token_logprobs
-from engine.prompt import check_length, encode_prompts
+from engine.problems import warn_of_long_answers
+from engine.prompt import (
+    check_length,
+    check_prompt,
+    check_question,
+    encode_prompts,
+    longest_last,
+)
 
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
-MAX_NODES_ELSEWHERE = 4096
+MAX_NODES_ELSEWHERE = 2048
 # A pass with more nodes than this share of its tokens is faster without the tree.
 MAX_SHARE = 0.7
 # Sampling attends to all nodes of a batch. With this many, that costs more than sharing saves.
@@ -119,7 +127,7 @@ class TreePolicy(Policy):
 
     def eager_attention(self) -> bool:
         """As in `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
-        return self.model.device.type == "cpu"
+        return self.model.device.type == "cpu" or super().eager_attention()
 
     def prepare(self, rollout: Rollout) -> TreeRollout:
         return TreeRollout(**vars(rollout), tree=RolloutTree(rollout))
@@ -202,7 +210,10 @@ class TreePolicy(Policy):
 
         def additive(window: int | None) -> Tensor:
             seen = visible & (depth[:, None] - all_depth < window) if window else visible
-            mask = torch.zeros(seen.shape, dtype=self.compute_dtype, device=seen.device)
+            # On CUDA, PyTorch copies a mask in each layer unless its rows start at multiples of 8.
+            width = math.ceil(seen.shape[1] / 8) * 8
+            mask = torch.zeros(len(seen), width, dtype=self.compute_dtype, device=seen.device)
+            mask = mask[:, : seen.shape[1]]
             return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
 
         config = self.model.config.get_text_config()
@@ -227,9 +238,15 @@ def load_policy(config, problems, prompt, group: int, completions: int) -> tuple
     device, new_tokens = choose_device(config.device), prompt.max_new_tokens
     tune_cpu_memory(device)
     model, tokenizer = load_model(config.model_name, device)
+    warn_of_long_answers(problems, tokenizer, new_tokens)
+    questions = problems.questions()
+    for question in questions:
+        check_question(question, tokenizer, problems.where(question))
     # Of different lengths, so that padding is checked too.
-    prompts = encode_prompts(tokenizer, problems.extremes(), prompt, device)
-    check_length(model, prompts[0], new_tokens)
+    questions = longest_last(tokenizer, questions, prompt)
+    check_prompt(tokenizer, questions, prompt, eos_token_ids(model, tokenizer))
+    prompts = encode_prompts(tokenizer, questions, prompt, device)
+    check_length(model, prompts[0], new_tokens, problems.where(questions[1]))
     dtype = choose_dtype(config.dtype, device)
     policy = choose_policy(config.policy, model, dtype, prompts, group, new_tokens, completions)
     first = prompts[0][0][prompts[1][0] == 1]
@@ -254,22 +271,35 @@ def choose_policy(
     """
     classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
-    problems, attention = [], model.config._attn_implementation
+    reasons, attention = [], model.config._attn_implementation
     if name == "auto" and completions * new_tokens > MAX_SAMPLED:
         classes = [Policy]
-        problems = [f"a batch may grow a tree of {completions * new_tokens:,} nodes, too many"]
+        reasons = [f"a batch may grow a tree of {completions * new_tokens:,} nodes, too many"]
     for kind in classes:
         model.set_attn_implementation(attention)  # the one tried before may have changed it
         policy = kind(model)
         policy.max_share = 1.0  # samples at start-up share little, and the tree is to be proven
         problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
         if problem is None:
-            reason = "; ".join(problems) or "matches unpadded forward passes"
-            print(f"policy {kind.name}: {reason}")
-            return kind(model, dtype)
-        problems.append(f"{kind.name} {problem}")
-    model_type = model.config.model_type
-    raise UserError(f"a model of type {model_type} cannot be trained: {'; '.join(problems)}")
+            policy = kind(model, dtype)
+            problem = find_failure(policy, prompt_ids, prompt_mask)
+        if problem is None:
+            print(f"policy {kind.name}: {'; '.join(reasons) or 'matches unpadded forward passes'}")
+            return policy
+        reasons.append(f"{kind.name} {problem}")
+    remedy = "" if dtype == torch.float32 else "; try --dtype float32"
+    what = f"a model of type {model.config.model_type} cannot be trained"
+    raise UserError(f"{what}: {'; '.join(reasons)}{remedy}")
+
+
+def sample_to_check(
+    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
+) -> Rollout:
+    """Sample completions that no token ends, so that a window shorter than that matters."""
+    no_eos, generator = prompt_ids.new_zeros(0), torch.Generator().manual_seed(0)
+    prompts = prompt_ids, prompt_mask
+    ids, mask, sampled, truncated = policy.sample(*prompts, new_tokens, no_eos, generator)
+    return Rollout(*prompts, ids, mask.float(), sampled, truncated, [""] * len(ids))
 
 
 def find_mismatch(
@@ -277,17 +307,15 @@ def find_mismatch(
 ) -> str | None:
     """Sample with a float32 policy and score the samples: what is wrong, or None.
 
-    Samples have full length, so that a window shorter than that makes a difference. The first, the
-    middle and the last one are also scored by an unpadded forward pass each.
+    The first, the middle and the last sample are also scored by an unpadded forward pass each, with
+    plain attention: fused kernels may leave out what a model asks for, in both passes alike.
     """
-    no_eos, generator = prompt_ids.new_zeros(0), torch.Generator().manual_seed(0)
+    model = policy.model
+    attention = model.config._attn_implementation
     try:
         with torch.no_grad():
-            ids, mask, sampled, truncated = policy.sample(
-                prompt_ids, prompt_mask, new_tokens, no_eos, generator
-            )
-            texts = [""] * len(ids)
-            rollout = Rollout(prompt_ids, prompt_mask, ids, mask.float(), sampled, truncated, texts)
+            rollout = sample_to_check(policy, prompt_ids, prompt_mask, new_tokens)
+            ids, sampled = rollout.completion_ids, rollout.sampled_logprobs
             micro_batches = policy.micro_batches(rollout)
             scored = torch.cat([policy(chunk) for chunk in micro_batches])
             gaps = [(scored - sampled).abs().max()]
@@ -296,13 +324,29 @@ def find_mismatch(
                 # A model that masks by column instead of by the given mask fails here.
                 backwards = policy(replace(first, tree=first.tree.reversed()))
                 gaps.append((backwards - scored[: len(first)]).abs().max())
+            model.set_attn_implementation("eager")
             for i in {0, len(ids) // 2, len(ids) - 1}:
                 whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
-                logits = policy.model(input_ids=whole).logits[0, -1 - new_tokens : -1]
+                logits = model(input_ids=whole).logits[0, -1 - new_tokens : -1]
                 rows = torch.arange(new_tokens, device=ids.device)
                 gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
             gap = torch.stack(gaps).max().item()
+            model.set_attn_implementation(attention)
     except Exception as error:  # third-party code: any failure rules this policy out
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"fails ({reason})"
+        if out_of_memory(error):
+            raise
+        return f"fails ({first_line(error)})"
     return None if gap < TOLERANCE else f"changes log-probabilities by {gap:.2g}"
+
+
+def find_failure(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> str | None:
+    """Sample and train on a token each in the policy's own compute type: what fails, or None."""
+    try:
+        for chunk in policy.micro_batches(sample_to_check(policy, prompt_ids, prompt_mask, 2)):
+            policy(chunk).sum().backward()
+        policy.zero_grad()
+    except Exception as error:  # third-party code
+        if out_of_memory(error):
+            raise
+        return f"fails in {str(policy.compute_dtype).removeprefix('torch.')} ({first_line(error)})"
+    return None

@@ -127,6 +127,9 @@ class Numbers:
     def __init__(self, eos_token_id: int = 2):
         self.eos_token_id = eos_token_id
 
+    def __len__(self) -> int:
+        return 10**9
+
     def batch_decode(self, rows: list[list[int]], **options) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
 

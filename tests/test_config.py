@@ -51,7 +51,7 @@ def test_without_cuda_the_bundled_model_is_chosen(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parse_config([]).preset == "tiny"
     assert capsys.readouterr().out.splitlines()[0] == (
-        "preset tiny: the bundled model, since there is no CUDA device"
+        "preset tiny: the bundled model, since PyTorch finds no CUDA device"
     )
 
 

@@ -99,10 +99,10 @@ CODE = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CUSTOM_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": CODE}
 LOADING = "cannot be loaded: "  # and what transformers says
 DAMAGE = {
-    "a pickle": (pickle_weights, "no file named model.safetensors"),
+    "a pickle": (pickle_weights, "convert them to safetensors"),
     "own code": (edited("config.json", model_type="x", auto_map=CODE), "custom code"),
     "own tokenizer": (edited("tokenizer_config.json", **CUSTOM_TOKENIZER), "custom code"),
-    "an adapter": (leave_an_adapter, LOADING),
+    "an adapter": (leave_an_adapter, "merge it into its base model"),
     "another kind of model": (edited("config.json", model_type="bert"), "lack weights"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), LOADING),
     "truncated weights": (lambda m: os.truncate(m / "model.safetensors", 100_000), LOADING),

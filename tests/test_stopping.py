@@ -58,7 +58,7 @@ def test_signal_is_lacking_only_if_no_group_has_any():
 
     def warning(history):
         evaluations = [{"example": {"question": "What?", "completion": ""}}]
-        return no_signal({"iterations": history, "evaluations": evaluations})
+        return no_signal({"iterations": history, "evaluations": evaluations}, [])
 
     assert warning([silent] * 50)
     assert warning([silent] * 49) is None

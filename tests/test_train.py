@@ -86,6 +86,7 @@ def test_saved_model_brings_its_prompt_and_a_card_of_its_run(run):
     assert f"policy after iteration {best}, the best of 3" in card
 
 
+@pytest.mark.slow
 def test_trains_where_fcntl_and_resource_do_not_exist(tmp_path, monkeypatch):
     code = "import psutil, runpy, sys; "  # psutil first: only on Linux does it need them
     code += "sys.modules.update(fcntl=None, resource=None); "

@@ -6,6 +6,7 @@ import itertools
 import random
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -363,6 +364,7 @@ print(peaks[1] - peaks[0])
 """
 
 
+@pytest.mark.slow
 def test_long_distinct_completions_stay_within_400_mib():
     done = subprocess.run(
         [sys.executable, "-c", MEASURE],
@@ -481,8 +483,14 @@ def test_on_a_cpu_trees_are_small_and_attention_is_eager():
     assert policy.max_nodes == MAX_NODES["cpu"]
     assert policy.model.config._attn_implementation == "eager"
     policy = TreePolicy(small_model("llama").to("meta"))
-    assert policy.max_nodes == MAX_NODES_ELSEWHERE > MAX_NODES["cpu"]
+    assert policy.max_nodes == MAX_NODES_ELSEWHERE == 2048 > MAX_NODES["cpu"]
     assert policy.model.config._attn_implementation == "sdpa"
+
+
+def test_rows_of_the_attention_mask_start_at_multiples_of_8():
+    visible, depth = torch.ones(17, 17, dtype=torch.bool).tril(), torch.arange(17)
+    mask = TreePolicy(small_model("llama")).attention_mask(visible, depth, depth)
+    assert mask.stride() == (17 * 24, 17 * 24, 24, 1) and (mask == 0).equal(visible[None, None])
 
 
 def test_the_mask_of_a_bfloat16_tree_is_bfloat16():
@@ -521,6 +529,13 @@ def test_a_refusal_names_what_failed_in_one_line(error, reason):
         choose(model)
     refused = "a model of type llama cannot be trained"
     assert str(raised.value) == f"{refused}: tree fails ({reason}); plain fails ({reason})"
+
+
+def test_full_memory_at_start_up_rules_no_policy_out():
+    model, error = small_model("llama"), torch.OutOfMemoryError("CUDA out of memory")
+    model.forward = Mock(side_effect=error)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(model)
 
 
 def test_samples_at_start_up_have_full_length_and_one_seed():

@@ -1,0 +1,296 @@
+"""Faults of models as people have them: refused, mended or warned of before the first iteration."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import TINY
+from processes import finish, printed, read_metrics, start, torchrun
+from safetensors.torch import load_file, save_file
+from small_models import Numbers, left_padded, random_ids, small_model, unpadded_logprobs
+
+from engine.files import UserError
+from engine.metrics import no_signal
+from engine.models import check_saving, load_model
+from engine.policy import Policy
+from engine.prompt import Prompt, check_prompt, decode, encode_prompts, longest_last, read_prompt
+from engine.tree import TreePolicy, choose_policy
+from rewards import score
+from train_grpo import rollout
+
+CPU = torch.device("cpu")
+PROMPTS = [random_ids(length, seed=length) for length in (4, 9)]
+SHORT = ("--num_iterations", 1, "--eval_every", 0, "--eval_problems", 4)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the bundled model that may be damaged; without its prompt file."""
+    unwanted = shutil.ignore_patterns("grpo_prompt.json", "README.md")
+    return shutil.copytree(TINY, tmp_path / "model", ignore=unwanted)
+
+
+def edit(path, **changes) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({n: value for n, value in content.items() if value is not None}))
+
+
+def rewrite_weights(model, change) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file(change(weights), model / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantised(dtype, scale: bool):
+    def change(weights: dict) -> dict:
+        name = "model.layers.0.mlp.up_proj.weight"
+        scales = {f"{name}_scale_inv": torch.ones(1)} if scale else {}
+        return weights | {name: weights[name].to(dtype)} | scales
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        quantised(torch.float8_e4m3fn, scale=True),
+        quantised(torch.float8_e4m3fn, scale=False),
+        quantised(torch.int8, scale=False),
+        quantised(torch.float32, scale=True),
+    ],
+)
+def test_quantised_weights_are_refused_by_what_the_file_holds(model, change):
+    rewrite_weights(model, change)
+    with pytest.raises(UserError, match="up_proj.weight.* quantised; name the unquantised model"):
+        load_model(str(model), CPU)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
+def test_quantised_configs_are_refused_before_their_package_is_asked_for(model, method):
+    edit(model / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(UserError, match="its weights are quantised; name the unquantised model"):
+        load_model(str(model), CPU)
+
+
+def leave_an_adapter(model) -> None:
+    (model / "config.json").rename(model / "adapter_config.json")
+
+
+def leave_a_pickle(model) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def leave_a_pointer(model) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ...")
+
+
+@pytest.mark.parametrize(
+    "damage, remedy",
+    [
+        (leave_an_adapter, "merge it into its base model"),
+        (leave_a_pickle, "convert them to safetensors"),
+        (leave_a_pointer, "git lfs pull"),
+    ],
+)
+def test_files_that_are_no_weights_say_what_to_do(model, damage, remedy):
+    damage(model)
+    with pytest.raises(UserError, match=remedy):
+        load_model(str(model), CPU)
+
+
+def test_weights_that_the_model_does_not_use_are_named(model, capsys):
+    rewrite_weights(model, lambda weights: weights | {"value_head.weight": torch.ones(3)})
+    load_model(str(model), CPU)
+    assert "does not use: value_head.weight" in capsys.readouterr().out
+
+
+def test_a_model_that_is_saved_otherwise_is_refused(tiny, tmp_path, monkeypatch):
+    parts = tiny[0].model, tiny[1], read_prompt(str(TINY)), tmp_path
+    check_saving(*parts)
+    assert list(tmp_path.iterdir()) == []
+    whole = transformers.PreTrainedModel.save_pretrained
+
+    def rounding(model, folder):
+        whole(model, folder)
+        rewrite_weights(folder, lambda weights: {n: w.bfloat16() for n, w in weights.items()})
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", rounding)
+    with pytest.raises(UserError, match="not saved as it is: .* differ"):
+        check_saving(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [Policy, TreePolicy])
+def test_capped_attention_is_computed_plainly(kind, monkeypatch):
+    fused = small_model("gemma2", attn_implementation="sdpa")
+    batch = rollout(kind(fused), Numbers(), left_padded(PROMPTS), 3, 5, torch.Generator())
+    expected = unpadded_logprobs(small_model("gemma2"), batch)  # with plain attention
+    torch.testing.assert_close(kind(fused)(batch), expected, rtol=0, atol=1e-5)
+
+
+def test_the_startup_comparison_does_not_share_the_policys_kernel(monkeypatch):
+    monkeypatch.setattr(Policy, "eager_attention", lambda policy: False)
+    model = small_model("gemma2", attn_implementation="sdpa")
+    with pytest.raises(UserError, match="plain changes log-probabilities by"):
+        choose_policy("plain", model, torch.float32, left_padded(PROMPTS), 3, 5)
+
+
+def test_what_fails_in_the_runs_own_type_is_found_at_start(model):
+    config = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
+    xglm = transformers.XGLMForCausalLM(transformers.XGLMConfig(vocab_size=64, **config)).eval()
+    choose_policy("auto", xglm, torch.float32, left_padded(PROMPTS), 2, 3)
+    with pytest.raises(UserError, match="plain fails in bfloat16 .*; try --dtype float32"):
+        choose_policy("auto", xglm, torch.bfloat16, left_padded(PROMPTS), 2, 3)
+
+
+def test_a_model_without_gradient_is_refused_at_start():
+    model = small_model("llama").requires_grad_(False)
+    with pytest.raises(UserError, match="fails in float32 .*grad"):
+        choose_policy("auto", model, torch.float32, left_padded(PROMPTS), 2, 3)
+
+
+@pytest.fixture
+def multimodal(model):
+    """A Gemma 3 with a vision tower; its context is 128."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes["num_attention_heads"] = 4
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+    text |= {"vocab_size": 128, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
+    config = transformers.Gemma3Config(
+        text_config=text | {"layer_types": ["sliding_attention", "full_attention"]},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        **{"image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122},
+        mm_tokens_per_image=4,
+    )
+    (model / "generation_config.json").unlink()
+    whole = transformers.Gemma3ForConditionalGeneration(config)
+    whole.generation_config.eos_token_id = [2]
+    whole.save_pretrained(model)
+    return model
+
+
+def test_a_vision_tower_is_neither_trained_nor_lost(multimodal, tmp_path):
+    flags = ("--model_name", multimodal, "--learning_rate", "1e-3", *SHORT)
+    out = finish(tmp_path / "run", *flags, "--num_iterations", 2)
+    assert "not trained, since text does not pass through: model.multi_modal_projector" in out
+    before, after = (
+        load_file(f / "model.safetensors") for f in (multimodal, tmp_path / "run/saved_model")
+    )
+    assert before.keys() == after.keys()
+    assert all(w.equal(after[n]) for n, w in before.items() if "vision" in n)
+    with pytest.raises(UserError, match="need .* tokens; this model's context is 128"):
+        finish(tmp_path / "long", *flags, "--max_new_tokens", 200)
+
+
+@pytest.mark.slow
+def test_two_processes_train_beside_a_vision_tower(multimodal, tmp_path):
+    (tmp_path / "run").mkdir()
+    process = start(tmp_path / "run", "--model_name", multimodal, *SHORT, launcher=torchrun(2))
+    assert process.wait(timeout=200) == 0, printed(tmp_path / "run")
+    assert read_metrics(tmp_path / "run")["status"] == "finished"
+
+
+def test_the_tokenizers_end_token_ends_completions_too(model, tiny, capsys):
+    for file in ("config.json", "generation_config.json"):
+        edit(model / file, eos_token_id=1)  # never sampled
+    other, tokenizer = load_model(str(model), CPU)
+    prompts = encode_prompts(tokenizer, ["What is (1 + 2) * 3?"], read_prompt(str(TINY)), "cpu")
+    inputs = tokenizer, prompts, 1, 9, None, 0.0
+    texts = [rollout(Policy(m), *inputs).texts for m in (other, tiny[0].model)]
+    assert texts[0] == texts[1] and "<|end|>" not in texts[0][0]
+
+
+PROMPT = Prompt(system="Reply.", examples=[["What is 1?", "<answer>1</answer>"]], max_new_tokens=4)
+TEMPLATE = (TINY / "chat_template.jinja").read_text()
+PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, complaint",
+    [
+        (TEMPLATE, ""),
+        (TEMPLATE.replace("messages", "messages[1:]"), "leaves out the system line"),
+        (TEMPLATE.replace("messages", "messages[-1:]"), "leaves out the worked examples"),
+        (TEMPLATE.replace("<|end|>", "<|user|>"), "ends an answer with '<|user|>'"),
+        (TEMPLATE + "{# {{ strftime_now('%d') }} #}", "writes the date"),
+    ],
+)
+def test_a_template_that_loses_a_part_is_a_warning(tiny, monkeypatch, capsys, template, complaint):
+    monkeypatch.setattr(tiny[1], "chat_template", template)
+    check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
+    out = capsys.readouterr().out
+    assert complaint in out and out.startswith("warning: " if complaint else "")
+    assert bool(out) == bool(complaint)
+
+
+def test_a_template_that_loses_the_question_is_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(tiny[1], "chat_template", PARTS)
+    with pytest.raises(UserError, match="leaves out the question 'What is 2\\?'"):
+        check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
+
+
+def test_a_refused_system_role_names_the_remedy(tiny, monkeypatch):
+    raises = "{{ raise_exception('System role not supported') }}"
+    monkeypatch.setattr(tiny[1], "chat_template", "{% if messages[0].role == 'system' %}" + raises)
+    monkeypatch.setattr(tiny[1], "chat_template", tiny[1].chat_template + "{% endif %}" + TEMPLATE)
+    with pytest.raises(UserError, match='not supported; .*--system_prompt ""'):
+        encode_prompts(tiny[1], ["What is 2?"], PROMPT, "cpu")
+
+
+def test_a_tokenizer_without_pad_and_end_tokens_serves(model):
+    edit(model / "tokenizer_config.json", pad_token=None, eos_token=None)
+    edit(model / "tokenizer.json", padding=None)
+    tokenizer = load_model(str(model), CPU)[1]
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
+    ids, mask = encode_prompts(tokenizer, ["What is 1?", "What is 1234?"], PROMPT, "cpu")
+    assert ids.shape == mask.shape and mask[0].sum() < mask[1].sum()
+
+
+def test_the_longest_question_is_the_one_of_most_tokens(tiny):
+    words = "Reply only with , where N is the number." * 3  # a few tokens
+    digits = "1234567890" * 4
+    assert len(words) > len(digits)
+    assert longest_last(tiny[1], [words, "7", digits], PROMPT) == ["7", digits]
+
+
+@pytest.mark.parametrize(
+    "question, complaint",
+    [("1" * 600, "context is 512"), ("What is <|user|>?", "holds <|user|>, which this model")],
+)
+def test_a_question_that_does_not_fit_is_named_by_its_line(tmp_path, question, complaint):
+    lines = [{"question": f"{i} + 0", "answer": i, "split": "train"} for i in range(3)]
+    lines += [{"question": question, "answer": 1, "split": "train"}]
+    lines += [{"question": split, "answer": 1, "split": split} for split in ("validation", "test")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=f"line 4.*{complaint}".replace("|", "\\|")):
+        finish(tmp_path / "run", "--problems", tmp_path / "p.jsonl", *SHORT)
+
+
+def test_tokens_that_the_tokenizer_lacks_are_shown_and_earn_nothing(tiny):
+    tokenizer = tiny[1]
+    right = tokenizer("<answer>4</answer>", add_special_tokens=False)["input_ids"]
+    texts = decode(tokenizer, [right, [*right, len(tokenizer) + 5], [len(tokenizer) + 5]])
+    assert [score(text, 4).exact for text in texts] == [True, False, False]
+    assert not any(any(score(text, 4)) for text in texts[1:])
+    assert all(str(len(tokenizer) + 5) in text for text in texts[1:])
+
+
+def test_a_saved_model_has_its_bases_own_tokenizer_files(model, tmp_path):
+    (model / "LICENSE").write_text("as the base model's")
+    (model / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    finish(tmp_path / "run", "--model_name", model, *SHORT)
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
+    for name in (*names, "special_tokens_map.json"):
+        saved = tmp_path / "run" / "saved_model" / name
+        assert saved.read_bytes() == (model / name).read_bytes(), name
+
+
+def test_the_no_signal_warning_names_an_unnamed_end_token():
+    row = dict.fromkeys(("reward_exact", "truncated", "accuracy", "entropy"), 1.0)
+    row["frac_zero_std_groups"] = 1.0
+    example = {"question": "What?", "completion": "7<|im_end|><|im_end|>"}
+    metrics = {"iterations": [row] * 50, "evaluations": [{"example": example}]}
+    assert "name <|im_end|> as an end token" in no_signal(metrics, ["<s>", "<|im_end|>"])
+    assert "end token" not in no_signal(metrics, ["<s>"])
