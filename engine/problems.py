@@ -6,12 +6,21 @@ A problem file has one `{"question": ..., "answer": ...}` per line. Optional: "s
 
 import codecs
 import hashlib
+import importlib.util
 import json
+import math
+import os
 import random
+import signal
 import sys
+import time
 import zlib
+from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from engine.cli import check_text
 from engine.files import ROOT, UserError, read_file
@@ -20,6 +29,10 @@ SPLITS = ("train", "validation", "test")
 # Columns of grpo_completions.jsonl that no part of a reward may be named after.
 RESERVED_COLUMNS = {"text", "advantage", "tokens", "truncated"}
 ODD_COMPLETION = "<answer>\0\u0667\u2212</answer> \U0001f642<answer>"
+FORMAT = "a problem file is JSON Lines: one object per line, UTF-8"
+OTHER_FORMATS = {b"[": "a JSON array", b"PAR1": "Parquet"}  # by their first bytes
+OTHER_FORMATS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16")
+SLOW = 30.0  # seconds in one call of `score` before a line says which
 
 
 def split_of(text: str) -> str:
@@ -41,16 +54,18 @@ def read_problem(line: bytes) -> Problem:
     try:
         item = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})") from error
+        raise UserError(f"not valid JSON ({error}); {FORMAT}") from error
     if not isinstance(item, dict):
         raise UserError('not an object like {"question": "...", "answer": "..."}')
     question, answer = item.get("question"), item.get("answer")
+    known = item.keys() >= {"question", "answer"}
+    hint = "" if known else f'; the fields are {list(item)!r:.200}, not "question" and "answer"'
     if type(answer) not in (str, int):
-        raise UserError(f'"answer" must be a text or an integer, not {answer!r:.80}')
+        raise UserError(f'"answer" must be a text or an integer, not {answer!r:.80}{hint}')
     completion = item.get("completion", f"<answer>{answer}</answer>")
     for name, text in (("question", question), ("answer", str(answer)), ("completion", completion)):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f'"{name}" must be a text that is not blank, not {text!r:.80}')
+            raise UserError(f'"{name}" must be a text that is not blank, not {text!r:.80}{hint}')
         check_text(f'"{name}"', text)
     split = item.get("split", split_of(question))
     if split not in SPLITS:
@@ -63,11 +78,16 @@ class ProblemFile:
 
     def __init__(self, name: str):
         content = read_file("--problems", name)[1]
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.name, self.sha256 = name, hashlib.sha256(content).hexdigest()
         self.splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
         seen: dict[str, tuple[int, Problem]] = {}
-        lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
-        for number, line in enumerate(lines, start=1):
+        content = content.removeprefix(codecs.BOM_UTF8)
+        start = content.lstrip()[:40]
+        if start and not start.startswith(b"{"):
+            kinds = [kind for magic, kind in OTHER_FORMATS.items() if start.startswith(magic)]
+            kinds.append(f"a file that starts with {start.decode(errors='replace')!r}")
+            raise UserError(f"--problems {name}: {FORMAT}; this is {kinds[0]}")
+        for number, line in enumerate(content.splitlines(), start=1):
             if not line.strip():
                 continue
             try:
@@ -79,6 +99,7 @@ class ProblemFile:
                 raise UserError(f"--problems {name}, line {number}: {error}") from error
             if earlier == number:
                 self.splits[problem.split].append(problem)
+        self.lines = {question: number for question, (number, _) in seen.items()}
         for split, problems in self.splits.items():
             if not problems:
                 raise UserError(
@@ -99,10 +120,60 @@ class ProblemFile:
         """The first training problems, to show in the prompt."""
         return self.splits["train"][:count]
 
-    def extremes(self) -> list[str]:
-        """The shortest and the longest question of all splits."""
-        questions = [p.question for problems in self.splits.values() for p in problems]
-        return [size(questions, key=lambda q: len(q.encode())) for size in (min, max)]
+    def questions(self) -> list[str]:
+        """The questions of all splits."""
+        return [p.question for problems in self.splits.values() for p in problems]
+
+    def where(self, question: str) -> str:
+        """What an error calls a question: the line it comes from."""
+        return f"--problems {self.name}, line {self.lines[question]}"
+
+
+def warn_of_long_answers(problems, tokenizer, max_new_tokens: int) -> None:
+    """Print a warning if training answers have more tokens than a completion may have."""
+    drawn = problems.examples(1000)
+    ids = tokenizer([str(p.answer) for p in drawn], add_special_tokens=False)["input_ids"]
+    long = [p for p, row in zip(drawn, ids, strict=True) if len(row) > max_new_tokens]
+    if long:
+        print(
+            f"warning: {len(long)} of the first {len(drawn)} training answers have more tokens than"
+            f" --max_new_tokens {max_new_tokens}, so no completion can match them, like that of"
+            f" {problems.where(long[0].question)}: {long[0].answer!r:.80}. Give the final answer"
+            " alone (docs/your_own_problem.md), or raise --max_new_tokens"
+        )
+
+
+def import_source(path: Path, source: bytes) -> ModuleType:
+    """Run the `source` of a file as a module that worker processes can import by its name.
+
+    Its folder comes last on Python's path: the file can import its neighbours, and hides nothing.
+    If its name is taken, it is a module of its folder. Raises UserError if that is taken too.
+    """
+    file = Path(os.path.abspath(path))
+    parts = file.with_suffix("").parts
+    importlib.invalidate_caches()
+    for depth in range(1, min(4, len(parts))):
+        name, place = ".".join(parts[-depth:]), str(Path(*parts[:-depth]))
+        sys.path += [place] * (place not in sys.path)
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # no such package; a module without a spec
+            continue
+        if spec and os.path.exists(spec.origin or "") and os.path.samefile(spec.origin, file):
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module  # where pickle and dataclasses look it up
+            # No import: it might take older byte code from __pycache__, which the hash ignores.
+            exec(compile(source, file, "exec"), vars(module))
+            return module
+    raise UserError(f"{path}: Python finds another module by this name; rename the file")
+
+
+def to_number(value) -> float:
+    """What float() makes of a score, NumPy's included; NaN if it is a text or no number."""
+    try:
+        return math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+    except Exception:  # of any class
+        return math.nan
 
 
 class RewardFile:
@@ -116,11 +187,7 @@ class RewardFile:
         if self.path.suffix != ".py":
             raise UserError(f"--rewards {name}: not a Python file (.py)")
         self.sha256 = hashlib.sha256(source).hexdigest()
-        module = ModuleType(f"rewards_{self.sha256}")
-        module.__file__ = str(self.path)
-        sys.modules[module.__name__] = module  # where dataclasses look it up
-        # No import: it might take older byte code from __pycache__, which the hash does not cover.
-        exec(compile(source, self.path, "exec"), vars(module))
+        module = import_source(self.path, source)
         self.weights, self.function = (getattr(module, n, None) for n in ("WEIGHTS", "score"))
         self.parse = getattr(module, "parse", lambda completion: completion)
         if not (
@@ -137,29 +204,53 @@ class RewardFile:
         for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
             if not callable(function):
                 raise UserError(f"{self.path}: defines no function {form}")
+        self.call: tuple | None = None  # of `score`, in progress: when it began, its arguments
+        Thread(target=self.watch, daemon=True).start()
+        # One regular expression can hold up the thread, but not signals; they let the thread in.
+        signal.signal(signal.SIGVTALRM, lambda *_: None)
+
+    def watch(self) -> None:
+        """Say which call of `score` is in progress when it takes long, once per call."""
+        told = None
+        while True:
+            time.sleep(SLOW / 10)
+            call = self.call
+            if call and call is not told and time.monotonic() - call[0] > SLOW:
+                told, (_, completion, answer) = call, call
+                text = f"score has run for {SLOW:.0f} s on the completion {completion!r:.300}"
+                tqdm.write(f"{self.path}: {text}, answer {answer!r:.100}", file=sys.stderr)
 
     def score(self, completion: str, answer: str | int) -> dict[str, float]:
         """The parts of a completion's reward by name, each in 0..1, before their weights."""
+        self.call = time.monotonic(), completion, answer
+        signal.setitimer(signal.ITIMER_VIRTUAL, SLOW, SLOW / 10)
         try:
             scores = self.function(completion, answer)
         except OSError as error:  # which a run takes for a full disk of its own
             raise RuntimeError(f"{self.path}: score failed") from error
-        names = list(self.weights)
-        if not isinstance(scores, tuple | list) or len(scores) != len(names):
-            problem = f"must return {len(names)} numbers, for {', '.join(names)}"
-        elif not all(isinstance(s, int | float) and 0 <= s <= 1 for s in scores):
-            problem = "must return numbers from 0 to 1"  # NaN is none of them
+        finally:
+            self.call = None
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        given = scores.tolist() if hasattr(scores, "tolist") else scores
+        numbers = [to_number(each) for each in given] if isinstance(given, tuple | list) else []
+        if len(numbers) != len(self.weights):
+            problem = f"must return {len(self.weights)} numbers, for {', '.join(self.weights)}"
+        elif not all(0 <= number <= 1 for number in numbers):  # NaN is none of them
+            problem = "must return numbers from 0 to 1"
         else:
-            return dict(zip(names, map(float, scores), strict=True))
+            return dict(zip(self.weights, numbers, strict=True))
         raise UserError(f"{self.path}: score({completion!r}, {answer!r}) {problem}, not {scores!r}")
 
-    def try_out(self, answer: str | int, examples: list[Problem]) -> None:
-        """Score an empty and an odd completion, and the worked examples of the prompt.
+    def try_out(self, problems: list[Problem], examples: list[Problem]) -> None:
+        """Score completions as they may come: empty, odd, in the form of an answer, a bare answer.
 
-        Raises UserError, also if an example does not earn `exact`.
+        Raises UserError for a wrong result, also if a worked example does not earn `exact`.
         """
-        self.score("", answer)
-        self.score(ODD_COMPLETION, answer)
+        for completion in ("", ODD_COMPLETION):
+            self.score(completion, problems[0].answer)
+        for _, answer, _, completion in problems:
+            for text in dict.fromkeys((completion, f"<answer>{answer}</answer>", str(answer))):
+                self.score(text, answer)
         for question, right, _, completion in examples:
             if self.score(completion, right)["exact"] != 1:
                 raise UserError(

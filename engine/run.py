@@ -6,13 +6,16 @@ Only rank 0 writes and prints, but all processes of a run call this code alike.
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from engine import distributed, files
@@ -20,22 +23,29 @@ from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, rest
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from engine.machine import describe_environment, peak_memory
 from engine.metrics import best_iteration, describe, no_signal, reason_to_stop, summary
-from engine.models import fingerprint, load_model, read_source, save_model
+from engine.models import check_saving, fingerprint, load_model, read_source, save_model
 from engine.policy import Policy
+from engine.problems import RewardFile
+from engine.prompt import check_length, encode_prompts
 
-# Environment keys that must match on resume; torch and threads only print a note.
+# Environment keys that must match on resume; torch and threads (and the setting
+# micro_batch_size) only print a note.
 COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
 COMPARED += ("policy", "compute_dtype", "torch", "threads")
 # Settings that a resumed run may change, because they change no weight (at a constant rate).
 FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every", "policy"}
 FREE |= {"patience", "max_kl", "log_completions_every"}
 FREE |= {"problems", "rewards"}  # their hashes are compared
+# Functions in which an error is due to a file of the user's.
+FAULTS = {RewardFile.score: "rewards", encode_prompts: "problems", check_length: "problems"}
 
 
 def finished_run(output: Path) -> dict | None:
     """The metrics of the run in `output`, if it has finished."""
-    file = output / METRICS_FILE
-    found = files.read_json(file) if file.exists() else {}
+    try:
+        found = files.read_json(output / METRICS_FILE)
+    except UserError:  # none, or damaged
+        return None
     return found if found.get("status") == "finished" else None
 
 
@@ -47,6 +57,17 @@ def nothing_to_resume(settings: dict) -> bool:
     if ending:
         print(f"nothing to resume: the run in {output.resolve()} is finished, {ending[1]}")
     return bool(ending)
+
+
+def accept_repair(metrics: dict, current: dict) -> None:
+    """If a checkpoint's run failed in a file of the user's, record that it is another one now."""
+    what = metrics.pop("failed_in", None)
+    was, now = (m["environment"].get(f"{what}_sha256") for m in (metrics, current))
+    if was != now:
+        metrics["environment"][f"{what}_sha256"] = now
+        repair = {"what": what, "iteration": len(metrics["iterations"]), "was": was, "is": now}
+        metrics["repaired"] = [*metrics.get("repaired", []), repair]
+        print(f"note: the --{what} file was repaired: its SHA-256 was {was}, is {now}")
 
 
 def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict, dict]:
@@ -68,18 +89,24 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict, dict]:
     if not state:
         print(f"nothing to resume in {output.resolve()}: starting from the beginning")
         return {}, {}
+    accept_repair(state["metrics"], current)
     # A falling rate depends on the length of the run.
     free = FREE - {"num_iterations"} if settings["lr_schedule"] == "linear" else FREE
     saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
     names = sorted(settings.keys() - free)
     pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
     pairs |= {n: (environment.get(n), current["environment"][n]) for n in COMPARED}
+    weights = current["reward_weights"]
+    pairs["WEIGHTS"] = state["metrics"].get("reward_weights", weights), weights
     changed = {n: f"{n} was {a!r}, is {b!r}" for n, (a, b) in pairs.items() if a != b}
-    for name in ("torch", "threads"):
+    for name in ("torch", "threads", "--micro_batch_size"):
         if name in changed:
             print(f"note: {changed.pop(name)}; the last digits will differ")
     if changed:
-        raise UserError("--resume: started with other settings: " + "; ".join(changed.values()))
+        remedy = "; restore the file, or start anew in another --output_dir"
+        by_file = changed.keys() & {"problems_sha256", "rewards_sha256", "WEIGHTS"}
+        text = "; ".join(changed.values()) + remedy * bool(by_file)
+        raise UserError(f"--resume: started with other settings: {text}")
     return tensors, state
 
 
@@ -127,20 +154,48 @@ class Run:
                     stack.enter_context(files.locked_folder(self.output))
             self.received = stack.enter_context(received_signals())
             self.resume()
+            with distributed.sync_errors():
+                if self.writes:
+                    check_saving(learner.policy.model, task.tokenizer, task.prompt, self.output)
+            self.keep_generators()
+            self.last_saved, self.last_checkpoint = 0, self.iteration
+            self.written = time.monotonic()
+            self.started = self.written - self.metrics["seconds"]
+            print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
+            model, dtype = learner.policy.model, learner.policy.compute_dtype
+            print(f"{model.num_parameters():,} parameters on {model.device}, computing in {dtype}")
+            self.check_ending()
             self.resources = stack.pop_all()
-        self.last_saved, self.last_checkpoint = 0, self.iteration
-        self.written = time.monotonic()
-        self.started = self.written - self.metrics["seconds"]
-        print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
-        model, dtype = learner.policy.model, learner.policy.compute_dtype
-        print(f"{model.num_parameters():,} parameters on {model.device}, computing in {dtype}")
-        self.check_ending()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error) -> bool | None:
-        return self.resources.__exit__(*error)
+    def __exit__(self, kind, error, trace) -> bool | None:
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+        faulty = [file for function, file in FAULTS.items() if function.__code__ in codes]
+        if faulty and self.iteration:
+            self.save_failed(faulty[0], error)
+        return self.resources.__exit__(kind, error, trace)
+
+    def save_failed(self, what: str, error: BaseException) -> None:
+        """Write a checkpoint of the last whole iteration, to resume from with the file repaired.
+
+        Any process does so, because rank 0 does not learn of it; one after the other.
+        """
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        self.metrics |= {"status": "failed", "stop_reason": reason, "failed_in": what}
+        self.metrics["seconds"] = time.monotonic() - self.started
+        problem_rng, token_rng = self.generators
+        self.learner.problem_rng.setstate(problem_rng)
+        with suppress(OSError, SafetensorError), FileLock(self.output / CHECKPOINTS / ".lock"):
+            save_checkpoint(self.learner, self.metrics, token_rng, self.output)
+            files.write_json(self.output / METRICS_FILE, self.metrics)
+            checkpoint = self.output.resolve() / CHECKPOINTS / str(self.iteration)
+            error.add_note(f"{checkpoint} is intact: repair the --{what} file, rerun with --resume")
+
+    def keep_generators(self) -> None:
+        """Remember the generators of the last whole iteration, in case the next one fails."""
+        self.generators = self.learner.problem_rng.getstate(), self.learner.token_rng.get_state()
 
     def new_metrics(self) -> dict:
         """Metrics without iterations. Raises UserError where the processes of a run differ."""
@@ -183,9 +238,10 @@ class Run:
         tensors = distributed.broadcast_checkpoint(tensors)
         state = distributed.all_gather(state)[0]
         if state:
+            names = "config", "environment", "status", "stop_reason"
             with distributed.sync_errors():
                 restore(self.learner, tensors, state)
-            self.metrics = state["metrics"] | {n: current[n] for n in ("config", "environment")}
+            self.metrics = state["metrics"] | {n: current[n] for n in names}
             if self.writes:
                 files.cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
             print(f"resuming after iteration {self.iteration}")
@@ -252,11 +308,12 @@ class Run:
     def log_iteration(self, results: dict, group: dict) -> None:
         """Record an iteration and, every so often, its first group; warn as the metrics ask for."""
         self.metrics["iterations"].append(results)
+        self.keep_generators()
         skipped, updates = results["skipped_updates"], self.config.num_inner_updates
         if skipped:
             text = f"skipped {skipped:.0f} of {updates} updates: loss or gradient not finite"
             tqdm.write(f"iteration {self.iteration}: {text}")
-        warning = no_signal(self.metrics)
+        warning = no_signal(self.metrics, self.task.tokenizer.all_special_tokens)
         if warning and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
             tqdm.write(warning)
@@ -277,10 +334,11 @@ class Run:
         best = self.metrics["best_iteration"] == self.iteration != self.last_saved
         every = self.config.checkpoint_every
         late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
-        due = self.iteration - self.last_checkpoint >= (every or 25) and (every or late)
+        new = self.iteration - self.last_checkpoint
+        due = new >= (every or 25) and (every or late)
         healthy = not self.metrics["iterations"][-1]["skipped_updates"]
         # The first iteration's shows early whether the disk has room.
-        if best or (healthy and (due or self.iteration == 1)):
+        if best or (healthy and (due or new == self.iteration == 1)):
             self.write_checkpoint()
         elif self.iteration % 25 == 0:
             self.write_metrics()

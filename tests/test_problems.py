@@ -136,13 +136,6 @@ def test_worked_examples_are_the_first_training_problems():
     assert list(map(tuple, prompt.examples)) == expected
 
 
-def test_the_longest_question_is_the_one_of_most_bytes():
-    """Tokenizers of bytes need more tokens for it, and the context must hold them."""
-    odd = {"question": "\U0001f642" * 10, "answer": 1}
-    file = ProblemFile(write("file.jsonl", odd, *LINES))
-    assert file.extremes() == ["What is 0 + 1?", odd["question"]]
-
-
 TWO = "WEIGHTS = {'style': 0, 'exact': 1}\ndef score(completion, answer): return "
 
 
@@ -156,6 +149,7 @@ TWO = "WEIGHTS = {'style': 0, 'exact': 1}\ndef score(completion, answer): return
         ("WEIGHTS = {'exact': 1, 'tokens': 1}", "not advantage, text, tokens,"),
         ("WEIGHTS = {'exact': 1}", "no function score(completion, answer)"),
         (TWO + "1", "must return 2 numbers, for style, exact, not 1"),
+        (TWO + "(1,)", "must return 2 numbers, for style, exact, not (1,)"),
         (TWO + "(0, 1.01)", "must return numbers from 0 to 1, not (0, 1.01)"),
         (TWO + "(0, float('nan'))", "must return numbers from 0 to 1, not (0, nan)"),
         (TWO + "(0, 1 if completion else 2)", "score('', "),  # the empty completion
