@@ -2,11 +2,13 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Literal
 from unittest.mock import patch
 
@@ -117,6 +119,49 @@ def recorded_rollouts() -> Iterator[list[Rollout]]:
         yield rollouts
 
 
+def time_phases(work: Work, iterations: int) -> tuple[Learner, Rollout, dict, dict[str, float]]:
+    """Repeat one iteration, with learning rate 0.
+
+    Returns the learner, the last rollout and its metrics, and median seconds by phase.
+    """
+    config = replace(work.config, learning_rate=0.0)
+    (task, learner), seconds, history = start(replace(work, config=config)), Counter(), []
+
+    def clock() -> float:
+        if learner.policy.model.device.type == "cuda":
+            torch.cuda.synchronize()  # the GPU computes while Python goes on
+        return time.perf_counter()
+
+    def timed(owner, name: str, phase: str):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            reference = phase == "forward" and not torch.is_grad_enabled()
+            started = clock()
+            result = original(*arguments, **options)
+            seconds["reference" if reference else phase] += clock() - started
+            return result
+
+        return patch.object(owner, name, call)
+
+    with ExitStack() as stack:
+        rollouts = stack.enter_context(recorded_rollouts())
+        stack.enter_context(timed(train_grpo, "rollout", "rollout"))
+        stack.enter_context(timed(type(learner.policy), "forward", "forward"))
+        stack.enter_context(timed(torch.Tensor, "backward", "backward"))
+        stack.enter_context(timed(learner.optimizer, "step", "optimizer"))
+        for _ in range(iterations + 1):
+            seconds.clear()
+            learner.problem_rng.seed(config.seed)
+            learner.token_rng.manual_seed(config.seed)
+            started = clock()
+            metrics, _ = train_grpo.train_iteration(task, learner, config)
+            total = clock() - started
+            history.append({**seconds, "other": total - seconds.total(), "all": total})
+    phases = {name: median(once[name] for once in history[1:]) for name in history[0]}
+    return learner, rollouts[-1], metrics, phases
+
+
 def memory() -> float:
     """Peak memory of this process in MiB."""
     status = Path("/proc/self/status")
@@ -126,11 +171,11 @@ def memory() -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
 
 
-def write_result(path: Path, result: dict) -> None:
+def write_result(path: Path, result: dict, device: torch.device = CPU) -> None:
     """Write a result as JSON, with the date and the machine."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    machine = {**describe_environment(CPU), "cpu": found[1] if found else None}
+    machine = {**describe_environment(device), "cpu": found[1] if found else None}
     with suppress(PackageNotFoundError):
         machine["trl"] = version("trl")
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

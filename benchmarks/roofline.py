@@ -16,73 +16,30 @@ Writes roofline.json or roofline_smollm2.json here, or to --output.
 
 import sys
 import time
-from collections import Counter
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_grpo
 from benchmarks.common import (
     CPU,
     WORKS,
     ModelSettings,
-    Work,
     read_settings,
-    recorded_rollouts,
-    start,
+    time_phases,
     write_result,
 )
 from benchmarks.operations import Pass, needed_passes
 from engine.cli import setting
 from engine.files import exit_code
 from engine.machine import choose_dtype
-from engine.policy import Rollout
 
 
 @dataclass
 class Settings(ModelSettings):
     iterations: int = setting(10, "to time, after one to warm up", 1)
-
-
-def time_phases(work: Work, iterations: int) -> tuple[object, Rollout, dict[str, float]]:
-    """Repeat one iteration. Returns the model's config, the rollout and median seconds by phase."""
-    config = replace(work.config, learning_rate=0.0)
-    (task, learner), seconds, history = start(replace(work, config=config)), Counter(), []
-
-    def timed(owner, name: str, phase: str):
-        original = getattr(owner, name)
-
-        def call(*arguments, **options):
-            reference = phase == "forward" and not torch.is_grad_enabled()
-            started = time.perf_counter()
-            result = original(*arguments, **options)
-            seconds["reference" if reference else phase] += time.perf_counter() - started
-            return result
-
-        return patch.object(owner, name, call)
-
-    with ExitStack() as stack:
-        rollouts = stack.enter_context(recorded_rollouts())
-        stack.enter_context(timed(train_grpo, "rollout", "rollout"))
-        stack.enter_context(timed(type(learner.policy), "forward", "forward"))
-        stack.enter_context(timed(torch.Tensor, "backward", "backward"))
-        stack.enter_context(timed(learner.optimizer, "step", "optimizer"))
-        for _ in range(iterations + 1):
-            seconds.clear()
-            learner.problem_rng.seed(config.seed)
-            learner.token_rng.manual_seed(config.seed)
-            started = time.perf_counter()
-            train_grpo.train_iteration(task, learner, config)
-            total = time.perf_counter() - started
-            history.append({**seconds, "other": total - seconds.total(), "all": total})
-    phases = {name: median(once[name] for once in history[1:]) for name in history[0]}
-    return learner.policy.model.config, rollouts[-1], phases
 
 
 def time_product(shape: tuple[int, int, int], dtype: torch.dtype, copies: int) -> float:
@@ -129,7 +86,8 @@ def floors(passes: dict[str, list[Pass]], dtype: torch.dtype, layers: int):
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
     work = WORKS[settings.model]
-    model, batch, seconds = time_phases(work, settings.iterations)
+    learner, batch, _, seconds = time_phases(work, settings.iterations)
+    model = learner.policy.model.config
     passes = needed_passes(model, batch, work.config.num_inner_updates)
     flops = {phase: sum(each.flops for each in of_phase) for phase, of_phase in passes.items()}
     flops["all"] = sum(flops.values())

@@ -54,8 +54,11 @@ def process_group() -> Iterator[None]:
         # After a restart torchrun's store still holds the addresses of dead processes: never read
         # them. (With several machines each counts its own restarts, so there is no common name.)
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    # No backend is named: PyTorch takes Gloo for CPU tensors and NCCL for CUDA tensors.
-    dist.init_process_group(timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size())
+    # By default PyTorch would take NCCL alone where there is CUDA, but objects and checkpoints
+    # travel as CPU tensors.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    members = {"store": store, "rank": rank(), "world_size": world_size()}
+    dist.init_process_group(backend, timeout=TIMEOUT, **members)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
         yield
     dist.destroy_process_group()  # not after an error: it could wait for a process that failed

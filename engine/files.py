@@ -1,13 +1,14 @@
-"""Whole files: whatever kills the process, each file and folder is complete or absent.
+"""Whole files, errors and parsers of scripts. No torch, so that plot_metrics.py starts at once.
 
-New content is written to a temporary name, flushed to disk, and renamed into place. No torch here,
-so that a script that only reads JSON starts at once.
+Whatever kills the process, each file and folder is complete or absent: new content is written to a
+temporary name, flushed to disk, and renamed into place. (`append_line` may leave half a line.)
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -37,16 +38,33 @@ class ScriptParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every flag)")
 
 
+def first_line(error: Exception) -> str:
+    """What an error of third-party code says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, NumPy or PyTorch says that memory has run out, on a GPU or on the host."""
+    return bool(re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)))
+
+
 def exit_code(main: Callable[[], int]) -> int:
-    """Run `main`. A UserError is printed as one line and gives 2, Ctrl-C gives 130."""
+    """Run `main`. Prints a UserError or full memory as one line and returns 2; 130 after Ctrl-C."""
     try:
         return main()
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except UserError as error:
+        text = "; ".join([str(error), *getattr(error, "__notes__", [])])
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        reason = ". ".join(str(error).split(". ")[:2])  # PyTorch writes a paragraph
+        flags = "--micro_batch_size, --batch_size or --num_generations"
+        text = f"out of memory ({reason}); lower {flags}"
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    return 2
 
 
 def sync(path: Path) -> None:
@@ -88,11 +106,16 @@ def append_line(path: Path, content: dict) -> None:
 
 def cut_lines(path: Path, iteration: int) -> None:
     """Drop the lines of a JSONL file that a kill left after an iteration, whole or half."""
+
+    def belongs(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
+        except (ValueError, TypeError, KeyError):
+            return False
+
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
-        write_bytes(path, b"".join(kept))
+        write_bytes(path, b"".join(filter(belongs, lines)))
 
 
 def finite(content: dict) -> dict:
@@ -148,7 +171,7 @@ def locked_folder(path: Path) -> Iterator[None]:
         failed, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise UserError(
             f"cannot write {failed or path}: {reason or error}; choose another --output_dir, or fix"
-            f" this: the last checkpoint in {path} is intact, and --resume goes on from it"
+            f" this and --resume: a checkpoint in {path}, if there is one, is intact"
         ) from error
 
 

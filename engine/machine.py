@@ -11,20 +11,27 @@ from importlib.metadata import version
 import torch
 
 from engine import distributed
-from engine.files import ROOT, UserError
+from engine.files import ROOT, UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is cuda if there is one, else cpu. Raises UserError if a named device is absent."""
+    """`auto` is cuda if there is one, else cpu. Raises UserError if the device does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = distributed.local_device(torch.device(name))
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not on this machine; try --device auto") from error
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        reason = first_line(error)
+        raise UserError(f"--device {name} fails here ({reason}); try --device cpu") from error
+    if device.type == "cuda":
+        # cuDNN's attention in bfloat16 gives NaN gradients with some masks (pytorch#196678), wrong
+        # values with few key heads (pytorch#193893), and prepares itself anew for every shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # TF32 rounds so much that the start-up comparison (TOLERANCE in tree.py) would fail.
+        torch.set_float32_matmul_precision("highest")
     return device
 
 
@@ -74,7 +81,7 @@ def describe_environment(device: torch.device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return {
+    environment = {
         "command": shlex.join([*distributed.launcher(), *sys.argv]),
         "git_commit": commit or None,
         "python": platform.python_version(),
@@ -85,3 +92,7 @@ def describe_environment(device: torch.device) -> dict:
         "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    if device.type == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name(device)
+        environment |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return environment

@@ -10,7 +10,7 @@ from conftest import run_script
 from torch.distributions import StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablation, roofline
+from benchmarks import ablation, gpu, roofline
 from benchmarks.common import WORKS, Work, recorded_rollouts, start, worst_case, write_random_model
 from benchmarks.operations import needed_passes
 from benchmarks.turns import make_trainer
@@ -18,7 +18,7 @@ from engine.files import UserError
 from engine.models import eos_token_ids
 from engine.policy import Rollout
 from engine.prompt import encode_prompts
-from train_grpo import parse_config, reward_function, train_iteration
+from train_grpo import PRESETS, parse_config, reward_function, train_iteration
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -79,6 +79,20 @@ def test_roofline_repeats_one_iteration_and_misses_no_time(tmp_path, monkeypatch
     assert sum(seconds.values()) == pytest.approx(2 * seconds["all"], rel=1e-4)
 
 
+def test_gpu_times_tree_and_plain_and_skips_absent_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS["smollm2"], "model_name", str(tmp_path / "absent"))
+    monkeypatch.setitem(PRESETS["tiny"], "num_generations", 2)
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--iterations", "1", "--device", "cpu", "--output", str(output)]) == 0
+    assert f"skipped smollm2: there is no {tmp_path}/absent" in capsys.readouterr().out
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["policy"] for run in runs] == ["tree", "plain"]
+    for run in runs:
+        assert sum(run["seconds"].values()) == pytest.approx(2 * run["seconds"]["all"], rel=1e-4)
+        assert all(part > 0 for part in run["seconds"].values()) and run["memory_mib"] > 100
+        assert 0 < run["logprob_mismatch"] < 0.5
+
+
 def test_time_to_goal_ends_at_the_first_validation_there():
     evaluations, found = [], []
     for i, greedy in enumerate((0.5, 0.8999, 0.9, 0.95)):
@@ -125,6 +139,7 @@ def test_what_cannot_be_varied_is_named(text, complaint):
         ablation.read_vary(text)
 
 
+@pytest.mark.slow
 def test_ablation_trains_each_variant_and_repeats_no_run(tmp_path, monkeypatch):
     output = tmp_path / "result.json"
     flags = "--vary beta=0,0.04 --seeds 1 --iterations 2 --eval_every 1 --eval_problems 4 --jobs 2"

@@ -100,6 +100,23 @@ def test_one_process_resumes_the_run_of_two(two, tmp_path):
     assert after["iterations"][:4] == before["iterations"] and len(after["iterations"]) == 6
 
 
+@pytest.mark.parametrize("cuda, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_cpu_tensors_travel_by_gloo_and_cuda_tensors_by_nccl(monkeypatch, cuda, backend):
+    named = []
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for name, replacement in {
+        "rendezvous": lambda *_, **__: iter([("a store", 0, 2)]),
+        "init_process_group": lambda backend=None, **_: named.append(backend),
+        "destroy_process_group": lambda: None,
+    }.items():
+        monkeypatch.setattr(distributed.dist, name, replacement)
+    with distributed.process_group():
+        pass
+    assert named == [backend]
+
+
 def test_only_rank_0_prints(two):
     assert two[1].count("parameters on cpu") == 4  # once per run
 

@@ -1,4 +1,4 @@
-"""A folder that cannot be written, and numbers that are not finite."""
+"""A folder or device that fails, full memory, and numbers that are not finite."""
 
 import math
 import resource
@@ -9,8 +9,11 @@ import torch
 from processes import arguments, finish, newest, read_metrics
 
 import train_grpo
+from engine import distributed
 from engine.checkpoint import load_checkpoint
-from engine.files import UserError, locked_folder
+from engine.files import UserError, exit_code, locked_folder
+from engine.machine import choose_device
+from engine.tree import TreePolicy
 
 NEVER = ("--eval_every", 0)
 
@@ -45,6 +48,42 @@ def test_deleting_the_folder_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No such file or directory.*another --output_dir"):
         train_grpo.main(arguments("--num_iterations", 9, *NEVER, "--output_dir", folder))
     assert not folder.exists()
+
+
+def fill_gpu(*_):
+    rest = "GPU 0 has a total capacity of 79.11 GiB of which 1.06 GiB is free."
+    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.50 GiB. {rest}")
+
+
+def fill_host(*_):
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("fill, reason", [(fill_gpu, "2.50 GiB)"), (fill_host, "624 bytes)")])
+@pytest.mark.parametrize(
+    "owner, name",
+    [(TreePolicy, "forward"), (torch.Tensor, "backward"), (train_grpo, "grpo_loss")],
+    ids=("start-up", "trial", "update"),
+)
+def test_full_memory_is_one_line_that_names_the_flags(
+    tmp_path, monkeypatch, capsys, owner, name, fill, reason
+):
+    monkeypatch.setattr(owner, name, fill)
+    argv = arguments(*NEVER, "--output_dir", tmp_path)
+    assert exit_code(lambda: train_grpo.main(argv)) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert reason in line and "lower --micro_batch_size, --batch_size or" in line
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.cuda.DeferredCudaCallError])
+def test_a_failing_device_is_reported_with_its_reason(monkeypatch, kind):
+    def fail(device):
+        raise kind("CUDA error: device is busy\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "local_device", fail)
+    with pytest.raises(UserError, match=r"cuda .*\(CUDA error: device is busy\); .*cpu$"):
+        choose_device("auto")
 
 
 def spoil(monkeypatch, losses=(), gradients=()) -> None:
