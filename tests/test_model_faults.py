@@ -9,14 +9,13 @@ import transformers
 from conftest import TINY
 from processes import finish, printed, read_metrics, start, torchrun
 from safetensors.torch import load_file, save_file
-from small_models import Numbers, left_padded, random_ids, small_model, unpadded_logprobs
+from small_models import random_ids
 
 from engine.files import UserError
 from engine.metrics import no_signal
 from engine.models import check_saving, load_model
 from engine.policy import Policy
 from engine.prompt import Prompt, check_prompt, decode, encode_prompts, longest_last, read_prompt
-from engine.tree import TreePolicy, choose_policy
 from rewards import score
 from train_grpo import rollout
 
@@ -119,35 +118,6 @@ def test_a_model_that_is_saved_otherwise_is_refused(tiny, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="not saved as it is: .* differ"):
         check_saving(*parts)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", [Policy, TreePolicy])
-def test_capped_attention_is_computed_plainly(kind, monkeypatch):
-    fused = small_model("gemma2", attn_implementation="sdpa")
-    batch = rollout(kind(fused), Numbers(), left_padded(PROMPTS), 3, 5, torch.Generator())
-    expected = unpadded_logprobs(small_model("gemma2"), batch)  # with plain attention
-    torch.testing.assert_close(kind(fused)(batch), expected, rtol=0, atol=1e-5)
-
-
-def test_the_startup_comparison_does_not_share_the_policys_kernel(monkeypatch):
-    monkeypatch.setattr(Policy, "eager_attention", lambda policy: False)
-    model = small_model("gemma2", attn_implementation="sdpa")
-    with pytest.raises(UserError, match="plain changes log-probabilities by"):
-        choose_policy("plain", model, torch.float32, left_padded(PROMPTS), 3, 5)
-
-
-def test_what_fails_in_the_runs_own_type_is_found_at_start(model):
-    config = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
-    xglm = transformers.XGLMForCausalLM(transformers.XGLMConfig(vocab_size=64, **config)).eval()
-    choose_policy("auto", xglm, torch.float32, left_padded(PROMPTS), 2, 3)
-    with pytest.raises(UserError, match="plain fails in bfloat16 .*; try --dtype float32"):
-        choose_policy("auto", xglm, torch.bfloat16, left_padded(PROMPTS), 2, 3)
-
-
-def test_a_model_without_gradient_is_refused_at_start():
-    model = small_model("llama").requires_grad_(False)
-    with pytest.raises(UserError, match="fails in float32 .*grad"):
-        choose_policy("auto", model, torch.float32, left_padded(PROMPTS), 2, 3)
 
 
 @pytest.fixture

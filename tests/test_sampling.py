@@ -174,7 +174,7 @@ def test_uniform_numbers_at_the_ends_draw_possible_tokens(monkeypatch, uniform, 
     assert sample_tokens(logits, torch.arange(50), 1.0, None)[0].tolist() == [token] * 50
 
 
-def test_draws_are_exact_in_a_vocabulary_of_200000():
+def test_draws_are_exact_in_a_large_vocabulary():
     token, _ = sample_tokens(torch.zeros(2, 200_000), torch.arange(400) % 2, 1.0, seeded(0))
     uniform = torch.rand(400, dtype=torch.double, generator=seeded(0))
     assert torch.equal(token, (uniform * 200_000).long())

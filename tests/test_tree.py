@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from small_models import (
     ATTENTION,
@@ -531,6 +532,29 @@ def test_a_refusal_names_what_failed_in_one_line(error, reason):
     assert str(raised.value) == f"{refused}: tree fails ({reason}); plain fails ({reason})"
 
 
+def test_a_failure_in_bfloat16_alone_is_refused_with_a_remedy():
+    model = small_model("llama")
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(**inputs):
+        if next(model.parameters()).dtype == torch.bfloat16:
+            raise ValueError("no kernel")
+        return whole(**inputs)
+
+    model.forward = forward
+    with pytest.raises(UserError) as raised:
+        choose_policy("plain", model, torch.bfloat16, left_padded(PROMPTS), 2, 3)
+    why = "plain fails in bfloat16 (no kernel); try --dtype float32"
+    assert str(raised.value) == f"a model of type llama cannot be trained: {why}"
+
+
+@pytest.mark.parametrize("name", ["tree", "plain"])
+def test_a_cap_on_attention_scores_takes_eager_attention(name):
+    policy = choose(small_model("gemma2", attn_implementation="sdpa"), name)
+    assert policy.model.config._attn_implementation == "eager"
+
+
 def test_full_memory_at_start_up_rules_no_policy_out():
     model, error = small_model("llama"), torch.OutOfMemoryError("CUDA out of memory")
     model.forward = Mock(side_effect=error)
@@ -543,3 +567,32 @@ def test_samples_at_start_up_have_full_length_and_one_seed():
     # Nearly every sample holds token 0: as an end token it would be noticed.
     assert type(choose(model, prompts=[[3], [3, 3]])) is TreePolicy
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [Policy, TreePolicy])
+def test_capped_attention_is_computed_plainly(kind, monkeypatch):
+    monkeypatch.setattr(TreePolicy, "eager_attention", Policy.eager_attention)  # as on CUDA
+    fused = small_model("gemma2", attn_implementation="sdpa")
+    batch = rollout(kind(fused), Numbers(), left_padded(PROMPTS), 3, 5, seeded(0))
+    expected = unpadded_logprobs(small_model("gemma2"), batch)  # with plain attention
+    torch.testing.assert_close(kind(fused)(batch), expected, rtol=0, atol=1e-5)
+
+
+def test_the_startup_comparison_does_not_share_the_policys_kernel(monkeypatch):
+    monkeypatch.setattr(Policy, "eager_attention", lambda policy: False)
+    with pytest.raises(UserError, match="plain changes log-probabilities by"):
+        choose(small_model("gemma2", attn_implementation="sdpa"), "plain")
+
+
+def test_what_fails_in_the_runs_own_type_is_found_at_start():
+    sizes = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}
+    model = transformers.XGLMForCausalLM(transformers.XGLMConfig(vocab_size=64, **sizes))
+    inputs = left_padded(PROMPTS), 2, 3
+    choose_policy("auto", model, torch.float32, *inputs)
+    with pytest.raises(UserError, match=r"plain fails in bfloat16 \(.*\); try --dtype float32$"):
+        choose_policy("auto", model, torch.bfloat16, *inputs)
+
+
+def test_a_model_without_gradient_is_refused_at_start():
+    with pytest.raises(UserError, match=r"plain fails in float32 \(.*grad[^)]*\)$"):
+        choose(small_model("llama").requires_grad_(False))
