@@ -532,29 +532,6 @@ def test_a_refusal_names_what_failed_in_one_line(error, reason):
     assert str(raised.value) == f"{refused}: tree fails ({reason}); plain fails ({reason})"
 
 
-def test_a_failure_in_bfloat16_alone_is_refused_with_a_remedy():
-    model = small_model("llama")
-    whole = model.forward
-
-    @functools.wraps(whole)
-    def forward(**inputs):
-        if next(model.parameters()).dtype == torch.bfloat16:
-            raise ValueError("no kernel")
-        return whole(**inputs)
-
-    model.forward = forward
-    with pytest.raises(UserError) as raised:
-        choose_policy("plain", model, torch.bfloat16, left_padded(PROMPTS), 2, 3)
-    why = "plain fails in bfloat16 (no kernel); try --dtype float32"
-    assert str(raised.value) == f"a model of type llama cannot be trained: {why}"
-
-
-@pytest.mark.parametrize("name", ["tree", "plain"])
-def test_a_cap_on_attention_scores_takes_eager_attention(name):
-    policy = choose(small_model("gemma2", attn_implementation="sdpa"), name)
-    assert policy.model.config._attn_implementation == "eager"
-
-
 def test_full_memory_at_start_up_rules_no_policy_out():
     model, error = small_model("llama"), torch.OutOfMemoryError("CUDA out of memory")
     model.forward = Mock(side_effect=error)
