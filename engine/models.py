@@ -126,19 +126,18 @@ def load_model(name: str, device: torch.device):
         )
     source, safe = str(folder or name), {"trust_remote_code": False}
     try:
-        problem = folder and why_untrainable(folder)
-        if not problem:
-            config = transformers.AutoConfig.from_pretrained(source, **safe)
-            if getattr(config, "quantization_config", None):
-                problem = f"its weights are quantised; {NOT_QUANTISED}"
-        if problem:
+        if folder and (problem := why_untrainable(folder)):
             refuse(problem)
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
+        if getattr(config, "quantization_config", None):
+            refuse(f"its weights are quantised; {NOT_QUANTISED}")
         options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
         model, loading = found
         if folder is None:  # it is in the cache now
             folder = Path(huggingface_hub.try_to_load_from_cache(name, "config.json")).parent
-            problem = why_untrainable(folder)
+            if problem := why_untrainable(folder):
+                refuse(problem)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
         ends = eos_token_ids(model, tokenizer)  # raises if there is none
     except UserError:
@@ -147,8 +146,6 @@ def load_model(name: str, device: torch.device):
         if out_of_memory(error):
             raise
         raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
-    if problem:
-        refuse(problem)
     if tokenizer.chat_template is None:
         refuse("it has no chat template; use an instruction-tuned model")
     if loading["missing_keys"]:  # transformers would initialise them at random

@@ -122,15 +122,15 @@ def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[
     Raises UserError if it loses the question; prints a warning for each other surprise.
     """
     shown = [text for example in prompt.examples for text in example]
-    for question in questions:
-        [text] = render(tokenizer, [prompt.chat(question)], prompt)
+    texts = render(tokenizer, [prompt.chat(question) for question in questions], prompt)
+    for question, text in zip(questions, texts, strict=True):
         if question.strip() not in text:
             raise UserError(
                 f"the model's chat template leaves out the question {question!r}: it makes {text!r}"
                 " of it; use a template that takes the content of a message as text"
             )
     for part, given in (("system line", [prompt.system]), ("worked examples", shown)):
-        if any(each.strip() not in text for each in given):
+        if any(each.strip() not in texts[0] for each in given):
             print(f"warning: the model's chat template leaves out the {part}")
     if re.search("strftime_now|date_string", str(tokenizer.chat_template)):
         print(
@@ -138,8 +138,8 @@ def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[
             """ differ; fix it with --chat_template_kwargs '{"date_string": "26 Jul 2024"}'"""
         )
     answer = {"role": "assistant", "content": "an answer"}
-    [text] = render(tokenizer, [[*prompt.chat(questions[0]), answer]], prompt, answered=True)
-    after = text.rpartition("an answer")[2].strip()
+    [chat] = render(tokenizer, [[*prompt.chat(questions[0]), answer]], prompt, answered=True)
+    after = chat.rpartition("an answer")[2].strip()
     first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
     if first and first[0] not in eos_ids:
         ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(eos_ids)))
