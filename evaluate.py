@@ -69,8 +69,7 @@ def load(config: Config, changed: list[str]) -> tuple[Policy, Task]:
     saved = read_prompt(config.model_name)
     if saved:
         prompt = replace(saved, **{name: getattr(prompt, name) for name in changed})
-    # The start-up comparison samples groups of 4; answer_questions takes 128 questions at a time.
-    policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, 4, 128)
+    policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, group=4)
     return policy, Task(tokenizer, problems, rewards, prompt)
 
 

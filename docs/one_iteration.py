@@ -79,7 +79,7 @@ def probabilities(logprobs: Tensor, mask: Tensor) -> list[float]:
 
 @torch.no_grad()
 def logprobs_of(policy: Policy, batch: Rollout) -> Tensor:
-    [whole] = policy.micro_batches(batch)
+    [(_, whole)] = policy.micro_batches(batch)
     return policy(whole)
 
 

@@ -143,6 +143,19 @@ def no_signal(metrics: dict, special_tokens: list[str]) -> str | None:
     )
 
 
+def time_shares(metrics: dict) -> str:
+    """How the seconds of a run divide, in words. Runs of older code did not measure all parts."""
+    sampling = sum(m.get("rollout_seconds", 0) for m in metrics["iterations"])
+    seconds = {
+        "starting": metrics["set_up_seconds"],
+        "sampling": sampling,
+        "updating": sum(m["seconds"] for m in metrics["iterations"]) - sampling,
+        "evaluating": sum(e.get("seconds", 0) for e in metrics["evaluations"]),
+    }
+    seconds["files and plots"] = metrics["seconds"] - sum(seconds.values())
+    return ", ".join(f"{name} {number:.0f}" for name, number in seconds.items())
+
+
 def summary(metrics: dict, output: Path) -> str:
     """The results of a run that has ended, its files, and what to do next."""
     history, saved = metrics["iterations"], output / "saved_model"
@@ -154,8 +167,8 @@ def summary(metrics: dict, output: Path) -> str:
         "test accuracy before": tests[0],
         "test accuracy after": tests[-1] if len(tests) > 1 else "not measured",
         "kl": f"{fmean(kl[-100:]):.3f} at the end, {max(kl):.3f} at most",
-        "time and memory": f"{metrics['seconds']:.0f} s"
-        + (f", {memory:.0f} MiB" if memory else ""),
+        "time": f"{metrics['seconds']:.0f} s: {time_shares(metrics)}",
+        "memory": f"{memory:.0f} MiB at most" if memory else "unknown",
         "files": f"{output / METRICS_FILE}, with grpo_*.png beside it",
         "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
         "next": f"python inference.py {model}{question}",

@@ -6,7 +6,6 @@ the faster `TreePolicy` is tested against.
 
 import copy
 import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.mask)
 
-    def __getitem__(self, rows: slice) -> "Rollout":
+    def __getitem__(self, rows: Tensor) -> "Rollout":
         """The given rows, trimmed to their longest completion."""
         width = int(self.mask[rows].sum(dim=1).max())
         return Rollout(
@@ -42,7 +41,7 @@ class Rollout:
             self.mask[rows, :width],
             self.sampled_logprobs[rows, :width],
             self.truncated[rows],
-            self.texts[rows],
+            [self.texts[i] for i in rows.tolist()],
         )
 
 
@@ -76,29 +75,10 @@ class Policy(nn.Module):
         slow = self.model.device.type == "cpu" and self.compute_dtype == torch.bfloat16
         return bool(capped) or slow
 
-    def micro_batches(self, rollout: Rollout, size: int = 0) -> list[Rollout]:
-        """Cut into as few equal parts as possible, of at most `size` completions (0: any) that fit.
-
-        A single completion is never cut, even if it does not fit.
-        """
-        count = math.ceil(len(rollout) / (size or len(rollout)))
-        while True:
-            rows, chunks = math.ceil(len(rollout) / count), []
-            for i in range(0, len(rollout), rows):
-                chunks.append(self.prepare(rollout[i : i + rows]))
-                if rows > 1 and not self.fits(chunks[-1]):
-                    break
-            else:
-                return chunks
-            count += 1
-
-    def prepare(self, rollout: Rollout) -> Rollout:
-        """The rollout with what several passes over it share; here nothing."""
-        return rollout
-
-    def fits(self, rollout: Rollout) -> bool:
-        """Whether one pass can take these completions; the plain policy sets no bound."""
-        return True
+    def micro_batches(self, rollout: Rollout, size: int = 0) -> list[tuple[Tensor, Rollout]]:
+        """Cut into parts of at most `size` completions (0: any), each with its rows (n,)."""
+        rows = torch.arange(len(rollout), device=rollout.mask.device).split(size or len(rollout))
+        return [(part, rollout[part]) for part in rows]
 
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
@@ -121,10 +101,11 @@ class Policy(nn.Module):
         max_new_tokens: int,
         eos_ids: Tensor,
         generator: torch.Generator | None = None,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample a completion of each prompt (N, P), until all have ended with one of `eos_ids`.
 
+        temperature: 0 (greedy) or another, one for all or (N,) with at most one other than 0.
         Returns ids, mask and log-probabilities (N, T), and whether each was truncated (N,).
         """
         with torch.no_grad():
@@ -200,20 +181,21 @@ def token_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def sample_tokens(
-    logits: Tensor, rows: Tensor, temperature: float, generator: torch.Generator | None
+    logits: Tensor, rows: Tensor, temperature: float | Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each of N sequences, with logits (K, V) and rows (N,) as in `prefill`.
 
-    Temperature 0 is greedy. Else each sequence takes one uniform number from the generator, on the
-    CPU, so that a seed means the same on every device. Returns the tokens and their
-    log-probabilities at temperature 1, both (N,).
+    temperature: as in `Policy.sample`. Unless all are greedy, each sequence takes one uniform
+    number from the generator, on the CPU, so that a seed means the same on every device. Returns
+    the tokens and their log-probabilities at temperature 1, both (N,).
     """
     logprobs = logits.float().log_softmax(dim=1)  # (K, V)
-    if temperature == 0:
-        token = logprobs.argmax(dim=1)[rows]
-    else:
+    temperature = torch.as_tensor(temperature).to(rows.device)
+    highest, greedy = temperature.max().item(), temperature == 0
+    token = torch.zeros_like(rows)
+    if highest > 0:
         uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator)
-        scaled = logprobs if temperature == 1 else (logprobs / temperature).log_softmax(dim=1)
+        scaled = logprobs if highest == 1 else (logprobs / highest).log_softmax(dim=1)
         if scaled.device.type == "mps":
             scaled = scaled.cpu()  # mps has no float64
         cdf = scaled.exp().cumsum(dim=1, dtype=torch.float64)  # (K, V)
@@ -224,6 +206,8 @@ def sample_tokens(
         found = torch.searchsorted(steps, row + uniform.to(cdf.device), right=True)
         # The clamp is for a draw that rounds up to the end of its row, and for NaN weights.
         token = (found - row * cdf.shape[1]).clamp(0, cdf.shape[1] - 1).to(rows.device)
+    if greedy.any():
+        token = torch.where(greedy, logprobs.argmax(dim=1)[rows], token)
     return token, logprobs.flatten()[rows * logprobs.shape[1] + token]
 
 

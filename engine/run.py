@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine import distributed, files
 from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, restore, save_checkpoint
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
-from engine.machine import describe_environment, peak_memory
+from engine.machine import describe_environment, peak_memory, process_seconds
 from engine.metrics import best_iteration, describe, no_signal, reason_to_stop, summary
 from engine.models import check_saving, fingerprint, load_model, read_source, save_model
 from engine.policy import Policy
@@ -160,7 +160,9 @@ class Run:
             self.keep_generators()
             self.last_saved, self.last_checkpoint = 0, self.iteration
             self.written = time.monotonic()
-            self.started = self.written - self.metrics["seconds"]
+            set_up = process_seconds()
+            self.started = self.written - set_up - self.metrics["seconds"]
+            self.metrics["set_up_seconds"] += set_up
             print(" ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
             model, dtype = learner.policy.model, learner.policy.compute_dtype
             print(f"{model.num_parameters():,} parameters on {model.device}, computing in {dtype}")
@@ -222,7 +224,8 @@ class Run:
             "reward_weights": task.rewards.weights,
             "status": "running",
             "stop_reason": None,
-            "seconds": 0.0,
+            "seconds": 0.0,  # since the process started
+            "set_up_seconds": 0.0,  # of them, before the first iteration or evaluation
             "best_iteration": 0,
             "iterations": [],
             "evaluations": [],
@@ -241,7 +244,7 @@ class Run:
             names = "config", "environment", "status", "stop_reason"
             with distributed.sync_errors():
                 restore(self.learner, tensors, state)
-            self.metrics = state["metrics"] | {n: current[n] for n in names}
+            self.metrics = current | state["metrics"] | {n: current[n] for n in names}
             if self.writes:
                 files.cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
             print(f"resuming after iteration {self.iteration}")

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from engine.files import UserError, first_line, out_of_memory
-from engine.machine import choose_device, choose_dtype, tune_cpu_memory
+from engine.machine import choose_device, choose_dtype, tune_memory
 from engine.models import eos_token_ids, load_model
 from engine.policy import Policy, Rollout, token_logprobs
 from engine.problems import warn_of_long_answers
@@ -33,8 +34,9 @@ MAX_NODES = {"cpu": 640}
 MAX_NODES_ELSEWHERE = 2048
 # A pass with more nodes than this share of its tokens is faster without the tree.
 MAX_SHARE = 0.7
-# Sampling attends to all nodes of a batch. With this many, that costs more than sharing saves.
-MAX_SAMPLED = 32768
+# Tokens to sample in one cache: each attends to all nodes there, of which few are its ancestors.
+MAX_SAMPLED = {"cpu": 8192}
+MAX_SAMPLED_ELSEWHERE = 32768
 TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
 
 
@@ -47,17 +49,27 @@ class PrefixTree:
     def __init__(self, ids: Tensor, length: Tensor):
         self.columns = torch.arange(ids.shape[1])
         ids = ids.masked_fill(self.columns >= length[:, None], -1)
-        rows, index = ids.unique(dim=0, return_inverse=True)  # sorted: prefixes are neighbours
+        rows, self.index = ids.unique(dim=0, return_inverse=True)  # sorted: prefixes are neighbours
         new = rows >= 0  # True where the prefix is not in the row above
         new[1:] &= (rows[1:] == rows[:-1]).long().cumprod(dim=1) == 0
+        self.new, self.length = new, length
         number = new.flatten().cumsum(0).view(new.shape) - 1
         self.paths = number.masked_fill(~new, 0).cummax(dim=0).values
         self.rows, self.depth = new.nonzero(as_tuple=True)  # (n,)
         self.ids = rows[new]  # (n,) the token that each prefix ends with
-        self.nodes = self.paths[index]  # (R, L) the node at each token of each sequence
+        self.nodes = self.paths[self.index]  # (R, L) the node at each token of each sequence
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def growth(self, order: Tensor) -> tuple[list[int], list[int]]:
+        """Of each sequence, in sorted order (R,): its length, and how many of its prefixes are not
+        in the one before.
+        """
+        row = self.index[order]
+        repeated = row.diff(prepend=row[:1] - 1) == 0
+        new = self.new.sum(dim=1)[row].masked_fill(repeated, 0)
+        return self.length[order].tolist(), new.tolist()
 
     @cached_property
     def visible(self) -> Tensor:
@@ -129,12 +141,47 @@ class TreePolicy(Policy):
         """As in `Policy`; on a CPU also in float32, because fused attention is slow with a mask."""
         return self.model.device.type == "cpu" or super().eager_attention()
 
-    def prepare(self, rollout: Rollout) -> TreeRollout:
-        return TreeRollout(**vars(rollout), tree=RolloutTree(rollout))
+    def micro_batches(self, rollout: Rollout, size: int = 0) -> list[tuple[Tensor, Rollout]]:
+        """As in `Policy`, of at most max_nodes nodes each, but at least one completion.
 
-    def fits(self, rollout: TreeRollout) -> bool:
-        """Whether the tree of these completions has at most max_nodes nodes."""
-        return len(rollout.tree) <= self.max_nodes
+        Neighbours in the tree, which share most, go together.
+        """
+        tree, parts, nodes = RolloutTree(rollout), [], 0
+        order = tree.index.argsort(stable=True)
+        for row, length, new in zip(order.tolist(), *tree.growth(order), strict=True):
+            if not parts or len(parts[-1]) == size or nodes + new > self.max_nodes:
+                parts.append([])
+                nodes, new = 0, length
+            parts[-1].append(row)
+            nodes += new
+        rows = [torch.tensor(sorted(part), device=rollout.mask.device) for part in parts]
+        chunks = [rollout[part] for part in rows]
+        trees = [TreeRollout(**vars(chunk), tree=RolloutTree(chunk)) for chunk in chunks]
+        return list(zip(rows, trees, strict=True))
+
+    def sample(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        eos_ids: Tensor,
+        generator: torch.Generator | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in `Policy`, one part of the batch after another."""
+        most = MAX_SAMPLED.get(prompt_ids.device.type, MAX_SAMPLED_ELSEWHERE)
+        rows = max(1, most // max_new_tokens)
+        temperatures = torch.as_tensor(temperature).expand(len(prompt_ids)).split(rows)
+        parts = [
+            super(TreePolicy, self).sample(*prompts, max_new_tokens, eos_ids, generator, t)
+            for *prompts, t in zip(
+                prompt_ids.split(rows), prompt_mask.split(rows), temperatures, strict=True
+            )
+        ]
+        width = max(part[0].shape[1] for part in parts)
+        *columns, truncated = zip(*parts, strict=True)
+        wide = [[F.pad(x, (0, width - x.shape[1])) for x in column] for column in columns]
+        return *(torch.cat(column) for column in wide), torch.cat(truncated)
 
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
@@ -230,13 +277,13 @@ def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.gather(1, mask.argsort(dim=1, descending=True, stable=True)), mask.sum(dim=1)
 
 
-def load_policy(config, problems, prompt, group: int, completions: int) -> tuple[Policy, Any]:
+def load_policy(config, problems, prompt, group: int) -> tuple[Policy, Any]:
     """(policy, tokenizer) for the model, device and types of a Config. Raises UserError.
 
-    Prints which policy it is, and the first prompt. `completions`: how many a batch samples.
+    Prints which policy it is, and the first prompt.
     """
+    tune_memory()
     device, new_tokens = choose_device(config.device), prompt.max_new_tokens
-    tune_cpu_memory(device)
     model, tokenizer = load_model(config.model_name, device)
     warn_of_long_answers(problems, tokenizer, new_tokens)
     questions = problems.questions()
@@ -248,7 +295,7 @@ def load_policy(config, problems, prompt, group: int, completions: int) -> tuple
     prompts = encode_prompts(tokenizer, questions, prompt, device)
     check_length(model, prompts[0], new_tokens, problems.where(questions[1]))
     dtype = choose_dtype(config.dtype, device)
-    policy = choose_policy(config.policy, model, dtype, prompts, group, new_tokens, completions)
+    policy = choose_policy(config.policy, model, dtype, prompts, group, new_tokens)
     first = prompts[0][0][prompts[1][0] == 1]
     print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
     return policy, tokenizer
@@ -261,20 +308,15 @@ def choose_policy(
     prompts: tuple[Tensor, Tensor],
     group: int,
     new_tokens: int,
-    completions: int = 0,
 ) -> Policy:
     """A TreePolicy where it computes what unpadded forward passes compute, else a plain Policy.
 
-    name: auto, tree or plain; prompts: ids and mask (B, P); completions: of a whole batch. Raises
-    UserError if the named one (for auto: even the plain one) computes something else. Prints one
-    line that says why.
+    name: auto, tree or plain; prompts: ids and mask (B, P). Raises UserError if the named one (for
+    auto: even the plain one) computes something else. Prints one line that says why.
     """
     classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
     reasons, attention = [], model.config._attn_implementation
-    if name == "auto" and completions * new_tokens > MAX_SAMPLED:
-        classes = [Policy]
-        reasons = [f"a batch may grow a tree of {completions * new_tokens:,} nodes, too many"]
     for kind in classes:
         model.set_attn_implementation(attention)  # the one tried before may have changed it
         policy = kind(model)
@@ -316,14 +358,14 @@ def find_mismatch(
         with torch.no_grad():
             rollout = sample_to_check(policy, prompt_ids, prompt_mask, new_tokens)
             ids, sampled = rollout.completion_ids, rollout.sampled_logprobs
-            micro_batches = policy.micro_batches(rollout)
-            scored = torch.cat([policy(chunk) for chunk in micro_batches])
-            gaps = [(scored - sampled).abs().max()]
-            first = micro_batches[0]
-            if isinstance(first, TreeRollout):
-                # A model that masks by column instead of by the given mask fails here.
-                backwards = policy(replace(first, tree=first.tree.reversed()))
-                gaps.append((backwards - scored[: len(first)]).abs().max())
+            scored, gaps = torch.zeros_like(sampled), []
+            for rows, chunk in policy.micro_batches(rollout):
+                scored[rows] = policy(chunk)
+                if isinstance(chunk, TreeRollout) and not gaps:
+                    # A model that masks by column instead of by the given mask fails here.
+                    backwards = policy(replace(chunk, tree=chunk.tree.reversed()))
+                    gaps.append((backwards - scored[rows]).abs().max())
+            gaps.append((scored - sampled).abs().max())
             model.set_attn_implementation("eager")
             for i in {0, len(ids) // 2, len(ids) - 1}:
                 whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
@@ -342,7 +384,7 @@ def find_mismatch(
 def find_failure(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> str | None:
     """Sample and train on a token each in the policy's own compute type: what fails, or None."""
     try:
-        for chunk in policy.micro_batches(sample_to_check(policy, prompt_ids, prompt_mask, 2)):
+        for _, chunk in policy.micro_batches(sample_to_check(policy, prompt_ids, prompt_mask, 2)):
             policy(chunk).sum().backward()
         policy.zero_grad()
     except Exception as error:  # third-party code
