@@ -81,12 +81,12 @@ def write_random_model(source: str, folder: Path, **changes) -> str:
     return str(folder)
 
 
-def worst_case(work: Work, folder: Path) -> Work:
-    """The same work with random weights and no end token.
+def worst_case(work: Work, folder: Path, **changes) -> Work:
+    """The same work with random weights and no end token; `changes` to the model's config.
 
     All completions have full length and share next to nothing.
     """
-    model = write_random_model(work.config.model_name, folder / "random")
+    model = write_random_model(work.config.model_name, folder / "random", **changes)
     return Work(replace(work.config, model_name=model), endless=True)
 
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import fmean
@@ -83,7 +84,11 @@ def run_trl(work: Work, pipe: Connection) -> None:
     trainer.train()
 
 
-LOOPS = {"ours": run_ours, "trl": run_trl}
+def run_plain(work: Work, pipe: Connection) -> None:
+    run_ours(replace(work, config=replace(work.config, policy="plain")), pipe)
+
+
+LOOPS = {"ours": run_ours, "plain": run_plain, "trl": run_trl}
 
 
 def make_trainer(work: Work):
@@ -148,9 +153,11 @@ def make_trainer(work: Work):
     )
 
 
-def take_turns(work: Work, rounds: list[Turn]) -> dict[str, list[dict]]:
-    """Let both loops take each of these turns. Returns the reports of each turn, by loop."""
-    context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in LOOPS}
+def take_turns(
+    work: Work, rounds: list[Turn], loops: tuple[str, ...] = ("ours", "trl")
+) -> dict[str, list[dict]]:
+    """Let these loops take each of these turns. Returns the reports of each turn, by loop."""
+    context, pipes, reports = get_context("spawn"), {}, {loop: [] for loop in loops}
 
     def receive(loop: str) -> dict:
         try:
@@ -158,13 +165,13 @@ def take_turns(work: Work, rounds: list[Turn]) -> dict[str, list[dict]]:
         except EOFError:
             raise UserError(f"the process of {loop} has failed; its error is above") from None
 
-    for loop, run in LOOPS.items():
+    for loop in loops:
         pipes[loop], theirs = context.Pipe()
-        context.Process(target=run, args=(work, theirs), daemon=True).start()
+        context.Process(target=LOOPS[loop], args=(work, theirs), daemon=True).start()
         theirs.close()
         receive(loop)  # it is set up
     for number, turn in enumerate(rounds):
-        for loop in LOOPS:
+        for loop in loops:
             pipes[loop].send(turn)
             report = receive(loop)
             reports[loop].append(report)

@@ -3,7 +3,7 @@
     python benchmarks/vs_trl.py                       # bundled model, 6 x 16, 2 updates, float32
     python benchmarks/vs_trl.py --model smollm2       # SmolLM2-135M, 4 x 8, 5 updates, bfloat16
     python benchmarks/vs_trl.py --worst_case True     # either model's shape with random weights
-    python benchmarks/vs_trl.py --vary_group True     # 4 prompts, groups of 4 to 64
+    python benchmarks/vs_trl.py --growth True         # how seconds and memory grow, tree or not
     python benchmarks/vs_trl.py --accuracy True       # test accuracy against seconds of training
 
 Completions end when they end. In the worst case all have full length and differ from the first
@@ -16,8 +16,8 @@ keep float32 weights and use the same compute type and fused AdamW, each with th
 that is faster for it. TRL runs without what would slow it down: gradient checkpointing, logging,
 saving, progress bars.
 
-Writes vs_trl.json here (_smollm2, _worst_case, _groups or _accuracy before the dot), or to
---output; --vary_group and --accuracy also draw a .png.
+Writes vs_trl.json here (_smollm2, _worst_case, _growth or _accuracy before the dot), or to
+--output; --growth and --accuracy also draw a .png.
 """
 
 import sys
@@ -32,25 +32,34 @@ from benchmarks.turns import Turn, take_turns
 from engine.cli import setting
 from engine.files import exit_code
 
-GROUPS = (4, 8, 16, 32, 64)
 LABELS = {"ours": "this loop", "trl": "TRL"}
+POLICIES = {"ours": "tree", "plain": "plain policy", "trl": "TRL"}
+GROWTH = {  # what grows, from the work's 4 problems x 8 completions of at most 16 tokens
+    "num_generations": (4, 8, 16, 32, 64),
+    "batch_size": (1, 4, 16, 64),
+    # In the worst case, where the tree has the least to share.
+    "max_new_tokens": (8, 16, 32, 64),
+    "hidden_size": (64, 128, 256, 512),
+}
+AXES = ["G, completions per problem", "B, problems", "new tokens, worst case"]
+AXES += ["hidden size, worst case"]
 
 
 @dataclass
 class Settings(ModelSettings):
     worst_case: bool = setting(False, "random weights and no end token")
-    vary_group: bool = setting(False, "4 prompts, and groups of several sizes")
+    growth: bool = setting(False, "several sizes of group, batch, completion and model")
     accuracy: bool = setting(False, "train both for --seconds each and measure test accuracy")
     rounds: int = setting(0, "turns that each loop takes; 0 is 8, or 3 for smollm2", 0)
     iterations: int = setting(0, "per turn; 0 is 10, or 1 for smollm2", 0)
     seconds: int = setting(120, "with --accuracy: seconds of training for each loop", 1)
 
 
-def compare_speed(settings: Settings, work: Work) -> dict:
-    """Seconds per iteration and peak memory of both loops, and the ratio of the seconds."""
+def compare_speed(settings: Settings, work: Work, loops: tuple[str, ...] = ("ours", "trl")) -> dict:
+    """Seconds per iteration and peak memory of the loops; how much longer TRL takes."""
     rounds, iterations = (8, 10) if settings.model == "bundled" else (3, 1)
     turn = Turn(settings.iterations or iterations)
-    reports = take_turns(work, [Turn(1)] + [turn] * (settings.rounds or rounds))
+    reports = take_turns(work, [Turn(1)] + [turn] * (settings.rounds or rounds), loops)
     result = {}
     for loop, (_, *played) in reports.items():  # the first turn is to warm up
         lengths, samples = played[-1]["lengths"], [report["samples"] for report in played]
@@ -62,7 +71,7 @@ def compare_speed(settings: Settings, work: Work) -> dict:
             "rounds": samples,
         }
         print(
-            f"{LABELS[loop]:>9}: {found['seconds']:.3f} s per iteration, completions of"
+            f"{POLICIES[loop]:>12}: {found['seconds']:.3f} s per iteration, completions of"
             f" {fmean(lengths):.1f} tokens, peak memory {found['peak_memory_mib']:.0f} MiB"
         )
     pairs = zip(result["ours"]["rounds"], result["trl"]["rounds"], strict=True)
@@ -73,15 +82,24 @@ def compare_speed(settings: Settings, work: Work) -> dict:
     return {**result, "ratio": ratio, "ratio_by_round": by_round}
 
 
-def compare_groups(settings: Settings, work: Work) -> dict:
-    """Speed of both loops with 4 prompts and groups of several sizes."""
-    points = []
-    for group in GROUPS:
-        print(f"groups of {group}")
-        config = replace(work.config, batch_size=4, num_generations=group)
-        speed = compare_speed(settings, replace(work, config=config))
-        points.append({"num_generations": group, **speed})
-    return {"points": points}
+def compare_growth(settings: Settings, work: Work, folder: Path) -> dict:
+    """Speed and memory of this loop with either policy, and of TRL, as one size grows."""
+    settings = replace(settings, rounds=3, iterations=2)
+    base = replace(work.config, batch_size=4, num_generations=8)
+    points: dict[str, list[dict]] = {name: [] for name in GROWTH}
+    for name, sizes in GROWTH.items():
+        for size in sizes:
+            print(f"{name} {size}")
+            if name == "hidden_size":
+                shape = {"hidden_size": size, "intermediate_size": 4 * size}
+                shape |= {"num_attention_heads": size // 32, "num_key_value_heads": size // 32}
+                grown = worst_case(replace(work, config=base), folder, **shape)
+            else:
+                grown = replace(work, config=replace(base, **{name: size}))
+            if name == "max_new_tokens":
+                grown = worst_case(grown, folder)
+            points[name].append({name: size, **compare_speed(settings, grown, tuple(POLICIES))})
+    return points
 
 
 def compare_accuracy(settings: Settings, work: Work) -> dict:
@@ -99,20 +117,23 @@ def compare_accuracy(settings: Settings, work: Work) -> dict:
     return result
 
 
-def draw_groups(figure, colours: dict[str, str], result: dict) -> None:
-    axes, points = figure.subplots(), result["points"]
-    for loop, label in LABELS.items():
-        seconds = [point[loop]["seconds"] for point in points]
-        axes.loglog(GROUPS, seconds, "o-", color=colours[loop], label=label)
-    for group, point in zip(GROUPS, points, strict=True):
-        axes.text(group, 1.15 * point["trl"]["seconds"], f"{point['ratio']:.0f} x", ha="center")
-    axes.set(xlabel="G, completions of each of 4 prompts", ylabel="seconds per iteration")
-    axes.minorticks_off()
-    axes.set_xticks(GROUPS, GROUPS)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.margins(y=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend()
+def draw_growth(figure, colours: dict[str, str], result: dict) -> None:
+    rows = figure.subplots(2, 4, sharex="col", sharey="row")
+    for row, (what, label) in zip(
+        rows, (("seconds", "seconds per iteration"), ("peak_memory_mib", "MiB")), strict=True
+    ):
+        row[0].set_ylabel(label)
+        for axes, name in zip(row, GROWTH, strict=True):
+            for loop, policy in POLICIES.items():
+                values = [point[loop][what] for point in result[name]]
+                axes.loglog(GROWTH[name], values, "o-", color=colours[loop], label=policy, ms=4)
+            axes.minorticks_off()
+            axes.set_xticks(GROWTH[name], GROWTH[name])
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+    for axes, label in zip(rows[1], AXES, strict=True):
+        axes.set_xlabel(label)
+    rows[0][0].legend()
 
 
 def draw_accuracy(figure, colours: dict[str, str], result: dict) -> None:
@@ -129,19 +150,19 @@ def draw_accuracy(figure, colours: dict[str, str], result: dict) -> None:
     figure.axes[0].legend(loc="lower right")
 
 
-def draw(function, width: float, result: dict, picture: Path) -> None:
+def draw(function, width: float, height: float, result: dict, picture: Path) -> None:
     from matplotlib.figure import Figure  # here, or it would count as memory of both loops
 
     from plot_metrics import COLOURS, save_figure
 
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
-    function(figure, dict(zip(LABELS, COLOURS, strict=False)), result)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    function(figure, dict(zip(("ours", "trl", "plain"), COLOURS, strict=False)), result)
     save_figure(figure, picture)
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
-    flags = {"worst_case": "_worst_case", "vary_group": "_groups", "accuracy": "_accuracy"}
+    flags = {"worst_case": "_worst_case", "growth": "_growth", "accuracy": "_accuracy"}
     ending = "".join(words for flag, words in flags.items() if getattr(settings, flag))
     output, work = settings.result_file("vs_trl", ending), WORKS[settings.model]
     picture = output.with_suffix(".png")
@@ -150,10 +171,10 @@ def main(argv: list[str] | None = None) -> int:
             work = worst_case(work, Path(folder))
         if settings.accuracy:
             result = compare_accuracy(settings, work)
-            draw(draw_accuracy, 8, result, picture)
-        elif settings.vary_group:
-            result = compare_groups(settings, work)
-            draw(draw_groups, 5, result, picture)
+            draw(draw_accuracy, 8, 3.2, result, picture)
+        elif settings.growth:
+            result = compare_growth(settings, work, Path(folder))
+            draw(draw_growth, 11, 5, result, picture)
         else:
             result = compare_speed(settings, work)
     write_result(output, {"work": work.describe(), **result})

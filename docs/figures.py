@@ -214,7 +214,7 @@ def lesson_base() -> Figure:
 
 
 TASKS = {"arithmetic, two steps": "smollm2/seed0", "spelling backwards": "smollm2/spelling"}
-RATES = {"rate falls to 0": "smollm2/seed0", "constant rate": "smollm2/constant_rate"}
+RATES = {"rate falls to 0": "smollm2/falling_rate", "constant rate": "smollm2/constant_rate"}
 
 
 def lesson_task() -> Figure:

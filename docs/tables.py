@@ -12,7 +12,7 @@ from figures import RESULTS, accuracy_of, committed, lesson_run, part_of, short
 from one_iteration import table
 from safetensors.numpy import load_file
 
-from benchmarks import ablation
+from benchmarks import ablation, vs_trl
 from engine.files import COMPLETIONS_FILE, ROOT
 from engine.metrics import best_iteration, validations
 from train_grpo import PRESETS, Config
@@ -74,6 +74,42 @@ def smollm2_pass_at_k() -> str:
     return table(["k", "pass@k, before", "pass@k, after"], rows)
 
 
+def smollm2_minutes() -> str:
+    """Validations of the runs, with the minutes from the start of the process until their end."""
+    rows = []
+    for run in SMOLLM2_RUNS:
+        metrics, seen = committed(run), []
+        for e in metrics["evaluations"]:
+            seen.append(e["seconds"])
+            training = sum(m["seconds"] for m in metrics["iterations"][: e["iteration"]])
+            if e["split"] == "validation":
+                minutes = (metrics["set_up_seconds"] + training + sum(seen)) / 60
+                shares = [percent(e["accuracies"][kind]["accuracy"]) for kind in KINDS[1:]]
+                seed = metrics["config"]["seed"]
+                rows.append([seed, e["iteration"], f"{minutes:.1f}", *shares])
+    return table(["seed", "iteration", "minutes", "validation, sampled", "greedy"], rows)
+
+
+def smollm2_trials() -> str:
+    """A row per trial: its settings, and sampled validation accuracy by completions sampled."""
+    rows = []
+    for trial in json.loads((RESULTS / "smollm2" / "trials.json").read_text())["trials"]:
+        settings = trial["settings"]
+        size = settings["batch_size"] * settings["num_generations"]
+        shape = f"{settings['batch_size']} x {settings['num_generations']}"
+        other = "" if settings["loss_type"] == "grpo" else settings["loss_type"]
+        other += ", no scaling" if settings["scale_rewards"] == "none" else ""
+        curve = [e for e in trial["evaluations"] if e["split"] == "validation"][1:]
+        shares = (f"{e['sampled']:.1%} ({e['iteration'] * size / 1000:.0f}k)" for e in curve)
+        tests = [e for e in trial["evaluations"] if e["split"] == "test"]
+        test = f"{tests[-1]['sampled']:.1%}, {tests[-1]['greedy']:.1%}" if tests[1:] else ""
+        rate = f"{short(settings['learning_rate'])}, {settings['num_iterations']}"
+        rows.append([shape, rate, other, ", ".join(shares), test])
+    header = ["problems x completions", "rate, iterations", "loss"]
+    header += ["validation, sampled (after completions)", "test, sampled and greedy"]
+    return table(header, rows)
+
+
 def constant_rate() -> str:
     first, *later = validations(committed("smollm2/constant_rate"))
     shares = [f"{e['accuracies']['sampled']['accuracy']:.1%} after {e['iteration']}" for e in later]
@@ -98,7 +134,8 @@ WHY = {
     "num_examples": "without worked examples SmolLM2 never writes the tags",
     "show_steps": "asked for its steps, SmolLM2 is right four times as often",
     "learning_rate": "small models barely move at 1e-7",
-    "lr_schedule": "at a constant 5e-5 SmolLM2's accuracy stalls",
+    "lr_schedule": "a falling rate ends better, and sooner",
+    "beta": "without a KL term, groups without signal cost nothing",
     "batch_size": "a higher rate needs a steadier gradient",
     "num_generations": "shared prefixes make large groups cheap",
     "max_new_tokens": "room for the steps",
@@ -115,6 +152,17 @@ WHY = {
 
 def benchmark(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+
+
+def phases(name: str) -> str:
+    """Seconds by phase of an iteration, by either policy, from a file of gpu.py."""
+    rows = []
+    for run in benchmark(name)["runs"]:
+        cells = [f"{seconds:.3f}" for seconds in run["seconds"].values()]
+        memory, mismatch = f"{run['memory_mib']:,.0f} MiB", f"{run['logprob_mismatch']:.1g}"
+        rows.append([run["preset"], run["policy"], *cells, memory, mismatch])
+    header = ["preset", "policy", *benchmark(name)["runs"][0]["seconds"], "memory"]
+    return table([*header, "`logprob_mismatch`"], rows)
 
 
 def trl() -> str:
@@ -135,12 +183,17 @@ def trl() -> str:
     return table(header, rows)
 
 
-def trl_groups() -> str:
-    rows = []
-    for point in benchmark("vs_trl_groups")["points"]:
-        seconds = [f"{point[loop]['seconds']:.3g} s" for loop in ("ours", "trl")]
-        rows.append([point["num_generations"], *seconds, f"{point['ratio']:.1f}"])
-    return table(["G", "this loop", "TRL", "ratio"], rows)
+def growth() -> str:
+    """A row per point: seconds and memory of the tree, the plain policy and TRL."""
+    found, rows = benchmark("vs_trl_growth"), []
+    for name in vs_trl.GROWTH:
+        for point in found[name]:
+            loops = [point[loop] for loop in vs_trl.POLICIES]
+            cells = [f"{loop['seconds']:.3g} s" for loop in loops]
+            cells += [f"{loop['peak_memory_mib']:,.0f} MiB" for loop in loops]
+            rows.append([f"`{name}` {point[name]}", *cells])
+    header = [f"{policy}{what}" for what in ("", ", memory") for policy in vs_trl.POLICIES.values()]
+    return table(["", *header], rows)
 
 
 def trl_accuracy() -> str:
@@ -308,7 +361,7 @@ def stopping() -> str:
         best, first, last = best_iteration(seen), seen["evaluations"][0], seen["evaluations"][-1]
         [saved] = [e for e in seen["evaluations"] if e["iteration"] == best]
         accuracies = [percent(accuracy_of("sampled", e)) for e in (first, saved, last)]
-        label = changed(f"lessons/{run}", "lessons/base_s0") or "the preset"
+        label = changed(f"lessons/{run}", "lessons/base_s0") or "the recipe"
         cells = [label, flag, len(seen["iterations"]), best, *accuracies]
         rows.append([*cells, percent(last["off_task"]["accuracy"])])
     header = ["run", "stop", "ends at", "policy saved at", "accuracy, base model", "saved policy"]
@@ -351,6 +404,7 @@ def letters() -> str:
     )
 
 
+SMOLLM2_RUNS = ["smollm2/seed0"]
 OWN_PROBLEMS = {f"reasoning/seed{n}": "reasoning, seed {seed}" for n in range(2)}
 OWN_PROBLEMS |= {"spelling": "spelling, seed {seed}"}
 HEALTHY_GROUPS = {
@@ -363,7 +417,11 @@ JUDGED_GROUPS = {f"`{run}`": (f"lessons/{run}", 100) for run in ("last_number", 
 # What stands between the markers of a page, by the name in the marker.
 GENERATED: dict[str, Callable[[], str]] = {
     "tiny_runs": lambda: result_table({f"tiny/seed{n}": "seed {seed}" for n in range(3)}),
-    "smollm2_run": lambda: result_table({"smollm2/seed0": "seed {seed}"}),
+    "gpu_tiny_runs": lambda: result_table({f"gpu/tiny{n}": "seed {seed}" for n in range(3)}),
+    "smollm2_runs": lambda: result_table(dict.fromkeys(SMOLLM2_RUNS, "seed {seed}")),
+    "smollm2_minutes": smollm2_minutes,
+    "smollm2_trials": smollm2_trials,
+    "gpu_phases": lambda: phases("gpu"),
     "reference_run": lambda: result_table({"tiny_reference": "learning rate {learning_rate}"}),
     "own_problem_runs": lambda: result_table(OWN_PROBLEMS),
     "presets": presets,
@@ -373,7 +431,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "ablation_means": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[0]),
     "ablation_differences": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[1]),
     "trl": trl,
-    "trl_groups": trl_groups,
+    "growth": growth,
     "trl_accuracy": trl_accuracy,
     "roofline": roofline,
     "scaling": scaling,

@@ -190,7 +190,7 @@ def sample_tokens(
     the tokens and their log-probabilities at temperature 1, both (N,).
     """
     logprobs = logits.float().log_softmax(dim=1)  # (K, V)
-    temperature = torch.as_tensor(temperature).to(rows.device)
+    temperature = torch.as_tensor(temperature, device=rows.device)
     highest, greedy = temperature.max().item(), temperature == 0
     token = torch.zeros_like(rows)
     if highest > 0:

@@ -13,10 +13,8 @@ import os
 import random
 import signal
 import sys
-import time
 import zlib
 from pathlib import Path
-from threading import Thread
 from types import ModuleType
 from typing import NamedTuple
 
@@ -204,33 +202,28 @@ class RewardFile:
         for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
             if not callable(function):
                 raise UserError(f"{self.path}: defines no function {form}")
-        self.call: tuple | None = None  # of `score`, in progress: when it began, its arguments
-        Thread(target=self.watch, daemon=True).start()
-        # One regular expression can hold up the thread, but not signals; they let the thread in.
-        signal.signal(signal.SIGVTALRM, lambda *_: None)
+        self.call: tuple | None = None  # the arguments of `score` while it runs
+        # A signal, since one regular expression would hold up a thread.
+        signal.signal(signal.SIGALRM, self.tell_slow_call)
 
-    def watch(self) -> None:
-        """Say which call of `score` is in progress when it takes long, once per call."""
-        told = None
-        while True:
-            time.sleep(SLOW / 10)
-            call = self.call
-            if call and call is not told and time.monotonic() - call[0] > SLOW:
-                told, (_, completion, answer) = call, call
-                text = f"score has run for {SLOW:.0f} s on the completion {completion!r:.300}"
-                tqdm.write(f"{self.path}: {text}, answer {answer!r:.100}", file=sys.stderr)
+    def tell_slow_call(self, *_) -> None:
+        """Say which call of `score` has taken SLOW seconds."""
+        if self.call:
+            completion, answer = self.call
+            text = f"score has run for {SLOW:.0f} s on the completion {completion!r:.300}"
+            tqdm.write(f"{self.path}: {text}, answer {answer!r:.100}", file=sys.stderr)
 
     def score(self, completion: str, answer: str | int) -> dict[str, float]:
         """The parts of a completion's reward by name, each in 0..1, before their weights."""
-        self.call = time.monotonic(), completion, answer
-        signal.setitimer(signal.ITIMER_VIRTUAL, SLOW, SLOW / 10)
+        self.call = completion, answer
+        signal.setitimer(signal.ITIMER_REAL, SLOW)
         try:
             scores = self.function(completion, answer)
         except OSError as error:  # which a run takes for a full disk of its own
             raise RuntimeError(f"{self.path}: score failed") from error
         finally:
             self.call = None
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
         given = scores.tolist() if hasattr(scores, "tolist") else scores
         numbers = [to_number(each) for each in given] if isinstance(given, tuple | list) else []
         if len(numbers) != len(self.weights):

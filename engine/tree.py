@@ -171,11 +171,14 @@ class TreePolicy(Policy):
         """As in `Policy`, one part of the batch after another."""
         most = MAX_SAMPLED.get(prompt_ids.device.type, MAX_SAMPLED_ELSEWHERE)
         rows = max(1, most // max_new_tokens)
-        temperatures = torch.as_tensor(temperature).expand(len(prompt_ids)).split(rows)
+        temperatures = torch.as_tensor(temperature, device=prompt_ids.device)
         parts = [
             super(TreePolicy, self).sample(*prompts, max_new_tokens, eos_ids, generator, t)
             for *prompts, t in zip(
-                prompt_ids.split(rows), prompt_mask.split(rows), temperatures, strict=True
+                prompt_ids.split(rows),
+                prompt_mask.split(rows),
+                temperatures.expand(len(prompt_ids)).split(rows),
+                strict=True,
             )
         ]
         width = max(part[0].shape[1] for part in parts)

@@ -17,12 +17,14 @@ import train_grpo
 from engine import distributed
 from engine.policy import Rollout
 from engine.tree import load_policy
+from train_grpo import group_advantages
 
 CASES = {
     "whole batch": {},
     "micro-batches": {"micro_batch_size": 2},
     "dapo": {"micro_batch_size": 2, "loss_type": "dapo"},
     "dr_grpo": {"micro_batch_size": 2, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    "one process without signal": {"micro_batch_size": 2, "loss_type": "dapo", "beta": 0.0},
 }
 
 
@@ -43,6 +45,13 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
         return replace(batch, texts=texts, sampled_logprobs=policy(batch))
 
 
+def advantages_of_the_first_half(rewards: Tensor, group: int, scale: str) -> Tensor:
+    """Stands in for `group_advantages`: 0 in the second half of the whole batch."""
+    start, total = (len(rewards) * n for n in (distributed.rank(), distributed.world_size()))
+    first_half = torch.arange(start, start + len(rewards)) < total // 2
+    return group_advantages(rewards, group, scale) * first_half
+
+
 def differing_policy(*inputs):
     """Stands in for `load_policy`: rank 0's weights must win."""
     policy, tokenizer = load_policy(*inputs)
@@ -56,8 +65,10 @@ def given() -> dict[str, tuple[list[dict], dict[str, Tensor]]]:
     found = {}
     for case, settings in CASES.items():
         config = short_config("", batch_size=4, learning_rate=1e-5, **settings)
-        own = patch.multiple(train_grpo, rollout=given_completions, load_policy=differing_policy)
-        with own:
+        own = {"rollout": given_completions, "load_policy": differing_policy}
+        if not config.beta:
+            own["group_advantages"] = advantages_of_the_first_half
+        with patch.multiple(train_grpo, **own):
             task, learner = train_grpo.set_up(config)
             metrics = [train_grpo.train_iteration(task, learner, config)[0] for _ in range(3)]
         tensors = learner.policy.state_dict()

@@ -85,11 +85,13 @@ def newest(folder: Path) -> int:
 def metrics_but_for_times(folder: Path) -> dict:
     """The metrics without times, memory and the command (which may be pytest's)."""
     metrics = read_metrics(folder)
-    for name in ("seconds", "peak_memory_mib"):
+    for name in ("seconds", "set_up_seconds", "peak_memory_mib"):
         del metrics[name]
     del metrics["environment"]["command"]
     for iteration in metrics["iterations"]:
-        del iteration["seconds"]
+        del iteration["seconds"], iteration["rollout_seconds"]
+    for evaluation in metrics["evaluations"]:
+        del evaluation["seconds"]
     return metrics
 
 

@@ -165,6 +165,17 @@ def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
     torch.testing.assert_close(logprob, logits.log_softmax(dim=1)[rows, token])
 
 
+def test_greedy_and_sampled_rows_stand_side_by_side():
+    logits, rows = torch.randn(9, 7, generator=seeded(5)), torch.arange(200) % 9
+    greedy = torch.arange(200) % 3 == 0
+    token, logprob = sample_tokens(logits, rows, torch.where(greedy, 0.0, 0.5), seeded(6))
+    drawn, its_logprob = sample_tokens(logits, rows, 0.5, seeded(6))
+    assert torch.equal(token[greedy], logits.argmax(dim=1)[rows][greedy])
+    assert torch.equal(token[~greedy], drawn[~greedy])
+    assert torch.equal(logprob[~greedy], its_logprob[~greedy])
+    torch.testing.assert_close(logprob, logits.log_softmax(dim=1)[rows, token])
+
+
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 1e-9, 3)])
 def test_uniform_numbers_at_the_ends_draw_possible_tokens(monkeypatch, uniform, token):
     drawn = torch.full((50,), uniform, dtype=torch.double)

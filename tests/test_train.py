@@ -20,7 +20,8 @@ SHORT = ("--preset", "tiny", "--num_iterations", "3", "--eval_problems", "16", "
 PER_ITERATION = {
     *("reward", "reward_format", "reward_near", "reward_exact", "accuracy", "entropy", "truncated"),
     *("completion_length", "frac_zero_std_groups", "loss", "kl", "kl_penalty", "clip_fraction"),
-    *("grad_norm", "skipped_updates", "logprob_mismatch", "seconds"),
+    *("kl_tokens", "grad_norm", "skipped_updates", "logprob_mismatch"),
+    *("rollout_seconds", "seconds"),
 }
 
 
@@ -43,6 +44,10 @@ def test_metrics_hold_every_iteration_and_evaluation(run):
     for iteration in metrics["iterations"]:
         assert set(iteration) == PER_ITERATION
         assert all(math.isfinite(value) for value in iteration.values())
+        assert iteration["rollout_seconds"] < iteration["seconds"]
+    parts = [metrics["set_up_seconds"], *(m["seconds"] for m in metrics["iterations"])]
+    parts += [evaluation["seconds"] for evaluation in metrics["evaluations"]]
+    assert 0.5 * metrics["seconds"] < sum(parts) < metrics["seconds"] and min(parts) > 0
     best = metrics["best_iteration"]
     evaluated = [("test", 0), *(("validation", i) for i in (0, 2, 3)), ("test", best)]
     assert [(e["split"], e["iteration"]) for e in metrics["evaluations"]] == evaluated

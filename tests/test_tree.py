@@ -187,7 +187,7 @@ def test_a_shared_node_owes_the_gradient_of_each_completion():
     for copies in (1, 7):
         batch = ragged_batch(PROMPTS[:1], [SHARED] * copies)
         found.append(torch.autograd.grad(policy(batch).sum(), list(policy.parameters())))
-        assert len(policy.prepare(batch).tree) == len(PROMPTS[0] + SHARED) - 1
+        assert len(RolloutTree(batch)) == len(PROMPTS[0] + SHARED) - 1
     for once, seven_times in zip(*found, strict=True):
         torch.testing.assert_close(seven_times, 7 * once, rtol=1e-4, atol=1e-4)
 
@@ -255,29 +255,56 @@ def test_a_node_sees_its_ancestors_and_itself_alone():
 def test_micro_batches_keep_all_completions_within_both_bounds(size, max_nodes):
     batch, policy = random_batch(), TreePolicy(small_model("llama"))
     policy.max_nodes = max_nodes
-    micro_batches = policy.micro_batches(batch, size)
-    assert sum(map(sequences, micro_batches), []) == sequences(batch)
-    for some in micro_batches:
-        assert len(prefixes((p + c)[:-1] for p, c in sequences(some))) <= max_nodes
+    micro_batches, all_rows = policy.micro_batches(batch, size), []
+    for rows, some in micro_batches:
+        assert sequences(some) == [sequences(batch)[row] for row in rows]
+        assert len(some.tree) <= max_nodes
         assert len(some) <= (size or 24)
         assert some.mask.shape[1] == some.mask.sum(dim=1).max()
+        all_rows += rows.tolist()
+    assert sorted(all_rows) == list(range(24))
     if max_nodes == 10:
         assert len(micro_batches) > 2  # so both groups were split
 
 
-def test_a_batch_is_cut_into_as_few_parts_as_fit():
+@pytest.mark.parametrize("max_nodes", [10, 17, 30])
+def test_a_micro_batch_ends_only_where_its_next_neighbour_would_not_fit(max_nodes):
     batch, policy = random_batch(), TreePolicy(small_model("llama"))
-    nodes = [len(policy.prepare(part).tree) for part in (batch, batch[:12], batch[12:])]
-    for max_nodes, lengths in ((nodes[0], [24]), (max(nodes[1:]), [12, 12])):
-        policy.max_nodes = max_nodes
-        assert [len(part) for part in policy.micro_batches(batch)] == lengths
+    policy.max_nodes = max_nodes
+    # Neighbours in the order of their tokens, cut by a count of their own.
+    paths = [tuple((p + c)[:-1]) for p, c in sequences(batch)]
+    order, expected = sorted(range(24), key=lambda row: paths[row]), [[]]
+    for row in order:
+        if len(prefixes(paths[r] for r in [*expected[-1], row])) > max_nodes:
+            expected.append([])
+        expected[-1].append(row)
+    assert [rows.tolist() for rows, _ in policy.micro_batches(batch)] == list(map(sorted, expected))
+    assert len(expected) > 1
 
 
 def test_a_completion_over_the_bound_stands_alone():
     batch = ragged_batch(PROMPTS[:1], COMPLETIONS[:4])
     policy = TreePolicy(small_model("llama"))
     policy.max_nodes = 1
-    assert [len(some) for some in policy.micro_batches(batch)] == [1] * 4
+    assert [len(some) for _, some in policy.micro_batches(batch)] == [1] * 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_batch_sampled_in_parts_is_what_the_parts_are(monkeypatch, temperature):
+    policy = TreePolicy(small_model("llama", eos_ids=list(range(2, 12))))
+    monkeypatch.setattr("engine.tree.MAX_SAMPLED", {"cpu": 10 * 9})
+    batch = rollout(policy, Numbers(), left_padded(PROMPTS), 6, 9, seeded(5), temperature)
+    ids, mask = (x.repeat_interleave(6, dim=0) for x in left_padded(PROMPTS))
+    ends, generator, widths = torch.arange(2, 12), seeded(5), []
+    for part in torch.arange(24).split(10):
+        sampling = 9, ends, generator, temperature
+        tokens, kept, logprobs, _ = Policy.sample(policy, ids[part], mask[part], *sampling)
+        widths.append(width := tokens.shape[1])
+        assert torch.equal(batch.completion_ids[part, :width] * kept, tokens * kept)
+        assert torch.equal(batch.mask[part, :width], kept.float())
+        assert torch.equal(batch.sampled_logprobs[part, :width], logprobs)
+        assert not batch.mask[part, width:].any()
+    assert batch.mask.shape[1] == max(widths)
 
 
 @pytest.mark.parametrize(("size", "max_nodes"), [(0, 12), (5, 1000), (1, 1000)])
@@ -318,7 +345,7 @@ def test_a_tree_is_built_once_for_all_passes(monkeypatch):
     real = RolloutTree.__init__
     monkeypatch.setattr(RolloutTree, "__init__", lambda s, r: built.append(1) or real(s, r))
     update(policy, copy.deepcopy(policy), Recorder(policy), batch, torch.ones(24), Config())
-    assert len(built) == 1
+    assert len(built) == 2  # of the batch, to cut it, and of its one part
 
 
 def test_repeating_an_update_with_40000_lookups_gives_equal_bits():
@@ -448,16 +475,6 @@ def test_a_pass_that_shares_little_takes_the_plain_path(monkeypatch):
     assert reads == [(4, 9), (1, 16)]
 
 
-def test_auto_leaves_the_tree_where_a_batch_may_outgrow_it(capsys):
-    prompts = left_padded([[5, 6], [7]])
-    for completions, kind in ((8192, TreePolicy), (10_000, Policy)):
-        policy = choose_policy(
-            "auto", small_model("llama"), torch.float32, prompts, 2, 4, completions
-        )
-        assert type(policy) is kind
-    assert "policy plain: a batch may grow a tree of 40,000 nodes" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("kind", [Policy, TreePolicy])
 def test_scoring_builds_no_cache(kind):
     policy, caches = kind(small_model("llama")), []
@@ -471,7 +488,7 @@ def test_scoring_builds_no_cache(kind):
 def test_tensors_are_made_on_the_device_of_the_model(kind):
     """`meta` stands for a GPU: tensors made on the default device cannot meet the others."""
     policy, prompts = kind(small_model("llama")), left_padded(PROMPTS[:2])
-    batch = policy.prepare(ragged_batch(PROMPTS[:2], COMPLETIONS[:2]))
+    [(_, batch)] = policy.micro_batches(ragged_batch(PROMPTS[:2], COMPLETIONS[:2]))
     expected, (_, _, cache) = policy(batch), policy.prefill(*prompts)
     with torch.device("meta"):
         assert torch.equal(policy(batch), expected)

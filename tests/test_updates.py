@@ -132,7 +132,8 @@ def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float
         updates.append((loss.item(), fmean(held), norm, fmean(kls), fmean(penalties)))
     loss, clip_fraction, norm = (fmean(u[i] for u in updates) for i in range(3))
     metrics = {"loss": loss, "clip_fraction": clip_fraction, "grad_norm": norm}
-    return model, {**metrics, "kl": updates[0][3], "kl_penalty": updates[0][4]}
+    metrics |= {"kl": updates[0][3], "kl_penalty": updates[0][4], "kl_tokens": sum(LENGTHS)}
+    return model, metrics
 
 
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
@@ -296,17 +297,82 @@ def test_tokens_weigh_the_same_in_any_micro_batch(kind, loss_type, micro_batch_s
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+FEW = torch.tensor([0.0, -0.9, 0.0, 0.0, 0.5, 0.0, 0.0, 0.7])  # of both groups
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 2])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+@BOTH
+def test_at_beta_zero_only_completions_with_an_advantage_are_read(
+    kind, loss_type, micro_batch_size
+):
+    policy, seen = kind(small_model("llama").double()), []
+    reference, recorder = nearby(policy), Recorder(policy)
+    policy.register_forward_pre_hook(lambda policy, inputs: seen.append(len(inputs[0])))
+    settings = {"loss_type": loss_type, "micro_batch_size": micro_batch_size, "beta": 0.0}
+    config = Config(num_inner_updates=1, clip_grad_norm=1e9, **settings)
+    metrics = update(policy, reference, recorder, make_batch(), FEW, config)
+    assert sum(seen) == 3
+    # All completions count where the loss is averaged, with advantage 0 too.
+    lengths = torch.tensor(LENGTHS)
+    divisor = {"grpo": 8 * lengths, "dr_grpo": 8 * config.max_new_tokens, "dapo": lengths.sum()}
+    weights = FEW / divisor[loss_type]
+    sums = torch.stack([score.sum() for score in plain_logprobs(policy.model)])
+    names, parameters = zip(*policy.model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(-(weights * sums).sum(), parameters)
+    for name, gradient in zip(names, expected, strict=True):
+        assert (recorder.gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+    assert metrics["loss"] == pytest.approx(-(weights * lengths).sum().item(), rel=1e-6)
+
+
+@BOTH
+def test_at_beta_zero_kl_is_read_on_the_first_group_as_sampled(kind):
+    policy, batch = kind(small_model("llama")), make_batch()
+    reference, config = nearby(policy), Config(beta=0, num_generations=4)
+    recorded = batch.mask * -torch.rand(batch.mask.shape, generator=torch.manual_seed(0))
+    batch = replace(batch, sampled_logprobs=recorded)
+    metrics = update(policy, reference, Recorder(policy), batch, ADVANTAGES, config)
+    means = {"kl": [], "kl_penalty": []}
+    for ours, theirs in list(zip(recorded, plain_logprobs(reference.model), strict=True))[:4]:
+        d = theirs - ours[: len(theirs)]
+        means["kl"].append((d.exp() - d - 1).mean().item())
+        means["kl_penalty"].append(((-d).exp() + d - 1).mean().item())
+    for name, values in means.items():
+        assert metrics[name] == pytest.approx(fmean(values), rel=1e-4)
+    assert metrics["kl_tokens"] == sum(LENGTHS[:4])
+
+
+@BOTH
+def test_without_any_advantage_adam_takes_its_step_with_gradient_zero(kind):
+    policy = kind(small_model("llama"))
+    expected = copy.deepcopy(policy)
+    optimizers = [torch.optim.AdamW(p.parameters(), 1e-3) for p in (policy, expected)]
+    inputs = optimizers[0], make_batch()
+    config = Config(beta=0, num_inner_updates=1)
+    update(policy, policy, *inputs, ADVANTAGES, config)
+    update(expected, expected, optimizers[1], make_batch(), ADVANTAGES, config)
+    metrics = update(policy, policy, *inputs, torch.zeros(8), config)
+    for parameter in expected.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers[1].step()
+    assert metrics["grad_norm"] == 0 and metrics["skipped_updates"] == 0
+    for mine, its in zip(policy.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
 @BOTH
 def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
     policy, config = kind(small_model("llama")), Config(num_inner_updates=1, beta=0)
+    with torch.no_grad():
+        batch = replace(make_batch(), sampled_logprobs=policy(make_batch()))
     found = []
     for reference in (policy, nearby(policy)):
         recorder = Recorder(policy)
-        metrics = update(policy, reference, recorder, make_batch(), ADVANTAGES, config)
+        metrics = update(policy, reference, recorder, batch, ADVANTAGES, config)
         found.append((metrics, recorder.gradients))
     (at_home, expected), (strayed, gradients) = found
-    assert at_home["kl"] == at_home["kl_penalty"] == 0
-    assert strayed["kl"] > 0 and strayed["kl_penalty"] > 0
+    assert at_home["kl"] == pytest.approx(0, abs=1e-9)
+    assert strayed["kl"] > 1e-6 and strayed["kl_penalty"] > 1e-6
     assert strayed["loss"] == at_home["loss"] and strayed["grad_norm"] == at_home["grad_norm"] > 0
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
