@@ -38,7 +38,7 @@ from engine.files import (
     write_json,
 )
 from engine.models import SOURCE_FILE, load_model, read_source
-from train_grpo import PRESETS
+from engine.presets import PRESETS
 
 TARGET = ROOT / PRESETS["smollm2"]["model_name"]
 MODEL = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "licence": "Apache-2.0"}

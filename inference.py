@@ -18,11 +18,12 @@ from collections.abc import Callable
 from engine.cli import check_text
 from engine.files import ROOT, ScriptParser, UserError, exit_code, read_file
 from engine.machine import choose_device, choose_dtype
-from engine.models import choose_preset, load_model, model_folder
+from engine.models import load_model, model_folder
 from engine.policy import Policy
+from engine.presets import PRESETS, choose_preset
 from engine.problems import RewardFile
 from engine.prompt import check_question, read_prompt
-from train_grpo import PRESETS, Config, answer_questions, load_task
+from train_grpo import Config, answer_questions, load_task
 
 LONGEST = 4000  # characters of a question
 
@@ -32,7 +33,7 @@ def choose_model() -> tuple[str, str]:
     saved = model_folder("saved_model")
     if saved and (saved / "config.json").exists():
         return "saved_model", "trained here"
-    preset, reason = choose_preset(PRESETS, Config.model_name)
+    preset, reason = choose_preset(Config.model_name)
     name = PRESETS[preset].get("model_name", Config.model_name)
     return name, f"nothing has been trained here yet; {reason}"
 

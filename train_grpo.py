@@ -37,8 +37,9 @@ from engine import distributed
 from engine.cli import Parser, check_settings, setting
 from engine.files import METRICS_FILE, UserError, exit_code
 from engine.metrics import accuracy_summary, batch_metrics, group_record
-from engine.models import choose_preset, eos_token_ids
+from engine.models import eos_token_ids
 from engine.policy import Policy, Rollout, frozen_copy
+from engine.presets import PRESETS, choose_preset
 from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
 from engine.prompt import Prompt, check_length, decode, encode_prompts, make_prompt
 from engine.run import Run, nothing_to_resume
@@ -79,12 +80,17 @@ class Config:
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
     num_iterations: int = setting(2000, "iterations: one batch of groups and its updates each", 1)
     num_inner_updates: int = setting(5, "gradient steps on each batch of groups", 1)
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged")
-    scale_rewards: Literal["group", "none"] = setting("group", "std that divides rewards")
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "cispo"] = setting(
+        "grpo", "how tokens are averaged; cispo: as dapo, with weights that are clipped, not losses"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "std that divides rewards")
+    importance_level: Literal["token", "sequence"] = setting("token", "what has a ratio of its own")
+    mask_truncated: bool = setting(False, "leave truncated completions out of the loss")
     epsilon: float = setting(0.2, "the ratio is clipped to 1 - epsilon .. 1 + epsilon", 0, 1)
     epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
     kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
+    kl_correction: bool = setting(False, "KL term times the ratio: the gradient of KL itself")
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
     micro_batch_size: int = setting(0, "completions per backward pass; 0 is as many as fit", 0)
     # Evaluating, saving, stopping
@@ -100,49 +106,12 @@ class Config:
     max_kl: float = setting(0, "stop when mean kl of 50 iterations exceeds it; 0: never", 0)
 
 
-PRESETS: dict[str, dict] = {
-    "reference": {},
-    # Asked for the bare answer, it is right on 4%; asked to show its two steps, on 17%. Without
-    # worked examples it never writes the tags, but each makes every pass longer. At a constant rate
-    # its accuracy stalls at 55%. bfloat16 halves the time on a CPU.
-    "smollm2": {
-        "model_name": "models/SmolLM2-135M-Instruct",
-        "rewards": "examples/reasoning.py",
-        "system_prompt": "Work it out in two steps, then give the number as <answer>N</answer>.",
-        "num_examples": 3,
-        "show_steps": True,
-        "max_new_tokens": 40,
-        "dtype": "bfloat16",
-        "beta": 0.0,
-        "learning_rate": 3e-5,
-        "lr_schedule": "linear",
-        "batch_size": 32,
-        "num_generations": 16,
-        "num_iterations": 200,
-        "num_inner_updates": 1,
-        "eval_every": 25,
-    },
-    # A small model needs a much higher learning rate, and so larger batches; completions that share
-    # prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
-    "tiny": {
-        "model_name": "tiny_model",
-        "learning_rate": 1e-4,
-        "lr_schedule": "linear",
-        "batch_size": 16,
-        "num_generations": 32,
-        "num_iterations": 300,
-        "num_inner_updates": 2,
-        "kl_estimator": "k3",
-    },
-}
-
-
 def parse_config(argv: list[str] | None) -> Config:
     """Read the command line: flags override the preset, the preset overrides the defaults."""
     parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
-        preset, reason = choose_preset(PRESETS, Config.model_name)
+        preset, reason = choose_preset(Config.model_name)
     parser.set_defaults(**PRESETS[preset])
     config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_settings(config)
@@ -288,13 +257,16 @@ def reward_function(
 def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tensor:
     """Normalise rewards (B*G,) within each group of G: (r - mean) / (std + 1e-4). Returns (B*G,).
 
-    DeepSeekMath section 4.1.2, with the sample standard deviation; with scale "none", r - mean (Dr.
-    GRPO). Exactly 0 where all rewards of a group are equal; a rounded mean would miss that.
+    DeepSeekMath section 4.1.2, with the sample standard deviation. Scale "batch" takes that of the
+    whole batch, in all processes (arXiv 2508.08221); "none" is r - mean (Dr. GRPO). Exactly 0 where
+    all rewards of a group are equal; a rounded mean would miss that.
     """
     groups = rewards.view(-1, group)  # (B, G)
     centred = groups - groups.mean(dim=1, keepdim=True)
     equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
-    std = groups.std(dim=1, keepdim=True) + 1e-4 if scale == "group" else 1.0
+    std = torch.ones(1) if scale == "none" else groups.std(dim=1, keepdim=True) + 1e-4
+    if scale == "batch":
+        std = rewards.new_tensor(sum(distributed.all_gather(rewards.tolist()), [])).std() + 1e-4
     return (centred / std).masked_fill(equal, 0.0).flatten()
 
 
@@ -317,19 +289,24 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 
 
 def completion_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
-    """Sum values (N, T) over tokens, divide by `length` (default: their number), average over N."""
-    lengths = mask.sum(dim=1) if length is None else length
+    """Sum values (N, T) over tokens, divide by `length` (default: their number), average over N.
+
+    A completion without tokens counts in N, with 0.
+    """
+    lengths = mask.sum(dim=1).clamp(min=1) if length is None else length
     return ((values * mask).sum(dim=1) / lengths).mean()
 
 
 def loss_length(mask: Tensor, config: Config) -> float | None:
     """What `completion_mean` divides the loss of a completion by; mask (N, T) of the whole batch.
 
-    grpo: None, its own length. dr_grpo: a constant (arXiv 2503.20783, section 3.2). dapo: the mean
-    length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12: of a group).
+    grpo: None, its own length. dr_grpo: a constant (arXiv 2503.20783, section 3.2). dapo and cispo:
+    the mean length, so that each token of the batch weighs the same (arXiv 2503.14476, eq. 12: of a
+    group); 1 if no token is left.
     """
-    if config.loss_type == "dapo":
-        return distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
+    if config.loss_type in ("dapo", "cispo"):
+        mean = distributed.all_reduce_mean({"length": mask.sum(dim=1).mean().item()})["length"]
+        return mean or 1.0
     return float(config.max_new_tokens) if config.loss_type == "dr_grpo" else None
 
 
@@ -345,20 +322,39 @@ def grpo_loss(
     """The GRPO objective, DeepSeekMath eq. 3, as a loss to minimise.
 
     logprobs, old_logprobs, ref_logprobs, mask: (N, T), ref_logprobs None if beta is 0; advantages:
-    (N,); length as returned by `loss_length`. Returns the scalar loss and what the metrics record
-    of it.
+    (N,); length as returned by `loss_length`. Variants: GSPO (arXiv 2507.18071, eq. 7) and CISPO
+    (arXiv 2506.13585, eq. 4, without a lower bound). Returns the scalar loss and what the metrics
+    record of it.
     """
-    ratio = (logprobs - old_logprobs).exp()  # (N, T)
+    log_ratio = logprobs - old_logprobs  # (N, T)
+    if config.importance_level == "sequence":  # of the whole completion, per token
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        log_ratio = ((log_ratio * mask).sum(dim=1, keepdim=True) / lengths).expand_as(mask)
+    ratio = log_ratio.exp()
     unclipped = ratio * advantages[:, None]
     low, high = 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon)
     clipped = ratio.clamp(low, high) * advantages[:, None]
+    held = clipped < unclipped  # at the clipped value: their policy gradient is 0
     objective = torch.min(unclipped, clipped)
+    if (
+        config.loss_type == "cispo"
+    ):  # every token keeps its gradient, with a weight of at most `high`
+        held = ratio > high
+        objective = ratio.clamp(max=high).detach() * advantages[:, None] * logprobs
     if config.beta:
-        objective = objective - config.beta * kl_term(logprobs, ref_logprobs, config.kl_estimator)
+        penalty = kl_term(logprobs, ref_logprobs, config.kl_estimator)
+        # Per token the ratio makes the expected gradient that of KL(pi_theta || pi_ref): of `k3`
+        # alone it is that of another divergence, and off-policy neither has the right mean.
+        objective = objective - config.beta * (ratio * penalty if config.kl_correction else penalty)
     loss = -completion_mean(objective, mask, length)
-    # Tokens held at the clipped value, whose policy gradient is therefore 0.
-    held = completion_mean((clipped < unclipped).float(), mask)
-    return loss, {"loss": loss.detach(), "clip_fraction": held}
+    return loss, {"loss": loss.detach(), "clip_fraction": completion_mean(held.float(), mask)}
+
+
+def loss_mask(batch: Rollout, config: Config) -> Tensor:
+    """The tokens that count in the loss, (N, T). Truncated completions may be left out (DAPO's
+    overlong filtering, arXiv 2503.14476, section 3.4); they count in the advantages and in N.
+    """
+    return batch.mask * ~batch.truncated[:, None] if config.mask_truncated else batch.mask
 
 
 def measure_kl(
@@ -396,7 +392,7 @@ def update_policy(
     Returns their metrics. An update whose gradient is not finite is skipped: it would ruin every
     weight.
     """
-    length, policy = loss_length(batch.mask, config), learner.policy
+    length, policy = loss_length(loss_mask(batch, config), config), learner.policy
     # Without a KL term, a completion of advantage 0 adds exactly nothing to the gradient. If that
     # is all of them, one stays: the gradient is then zero, not absent, and Adam's step is taken.
     useful = torch.arange(len(batch), device=batch.mask.device)
@@ -413,8 +409,8 @@ def update_policy(
     for _ in range(config.num_inner_updates):
         learner.optimizer.zero_grad()
         update = Counter()  # metrics, summed over micro-batches
-        chunks = distributed.sync_on_last(learner.trained, micro_batches)
-        for i, (rows, chunk) in enumerate(chunks):
+        parts = distributed.sync_on_last(learner.trained, micro_batches)
+        for i, (rows, chunk) in enumerate(parts):
             logprobs = learner.trained(chunk)  # (n, T)
             # The policy has not moved since the rollout, so the old log-probabilities are those of
             # the first update, and its ratio is exactly 1. Those recorded while sampling are equal
@@ -422,7 +418,7 @@ def update_policy(
             if len(old_logprobs) == i:
                 old_logprobs.append(logprobs.detach())
             reference = ref_logprobs[i] if config.beta else None
-            inputs = old_logprobs[i], reference, advantages[useful][rows], chunk.mask
+            inputs = old_logprobs[i], reference, advantages[useful][rows], loss_mask(chunk, config)
             loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
@@ -540,8 +536,8 @@ def set_up(config: Config) -> tuple[Task, Learner]:
 def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> None:
     """By config.lr_schedule, after `iteration` iterations."""
     decay = iteration / config.num_iterations * (config.lr_schedule == "linear")
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * (1 - decay)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = config.learning_rate * (1 - decay)
 
 
 def draw_plots(output: Path) -> None:

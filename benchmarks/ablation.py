@@ -1,6 +1,8 @@
 """Compare settings: train the bundled model with its preset and some settings changed.
 
-    python benchmarks/ablation.py                       # GRPO, Dr. GRPO, DAPO's loss, beta 0
+    python benchmarks/ablation.py                       # losses and KL terms
+    python benchmarks/ablation.py --study off_policy    # the same with four updates on each batch
+    python benchmarks/ablation.py --study groups        # G = 2, 8 and 32, 512 completions per batch
     python benchmarks/ablation.py --vary learning_rate=1e-5,2e-5 --seeds 5    # any setting
 
 All variants train with the same seeds, so they draw the same problems. Prints two tables: the mean
@@ -8,8 +10,8 @@ over the seeds, and the difference from the first variant, paired by seed. Both 
 of the mean. A difference whose interval includes 0 may be noise.
 
 Each run is a separate process with one thread; `--jobs 2` keeps two cores busy. Writes
-ablation.json and ablation.png here (ablation_learning_rate, if that is varied), or to --output.
-Runs that are already in the result file are not repeated.
+ablation.json and ablation.png here (ablation_off_policy, ablation_learning_rate, ...), or to
+--output. Runs that are already in the result file are not repeated.
 """
 
 import os
@@ -21,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -30,14 +32,28 @@ from benchmarks.common import HERE, read_settings, write_result
 from engine.cli import setting
 from engine.files import METRICS_FILE, UserError, exit_code, read_json
 from engine.metrics import validations
+from engine.presets import PRESETS
 from plot_metrics import COLOURS, save_figure
-from train_grpo import PRESETS, Config, parse_config
+from train_grpo import Config, parse_config
 
-VARIANTS = {
+LOSSES = {
     "GRPO": ["--loss_type=grpo"],
     "Dr. GRPO": ["--loss_type=dr_grpo", "--scale_rewards=none"],
     "DAPO's loss, clip-higher": ["--loss_type=dapo", "--epsilon_high=0.28"],
-    "GRPO, beta 0": ["--beta=0"],
+    "GSPO": ["--importance_level=sequence"],
+    "CISPO": ["--loss_type=cispo"],
+    "standard deviation of the batch": ["--scale_rewards=batch"],
+    "beta 0": ["--beta=0"],
+    "k3_inverse": ["--kl_estimator=k3_inverse"],
+    "corrected KL": ["--kl_correction=True"],
+}
+STUDIES = {
+    "losses": LOSSES,
+    "off_policy": {name: [*flags, "--num_inner_updates=4"] for name, flags in LOSSES.items()},
+    "groups": {
+        f"G = {size}": [f"--num_generations={size}", f"--batch_size={512 // size}"]
+        for size in (2, 8, 32)
+    },
 }
 NOT_VARIED = {"preset", "output_dir", "resume", "seed"}  # the script sets these itself
 GOAL = 0.9  # greedy validation accuracy
@@ -67,8 +83,10 @@ MEASURES = {
 
 @dataclass
 class Settings:
-    vary: str = setting("", "setting=value,value,... to compare instead of the losses")
+    study: Literal["losses", "off_policy", "groups"] = setting("losses", "what is compared")
+    vary: str = setting("", "setting=value,value,... to compare instead")
     seeds: int = setting(5, "runs of each variant", 1, len(T) + 1)
+    first_seed: int = setting(0, "of the runs; tune on other seeds than those you report", 0)
     iterations: int = setting(200, "of each run", 1)
     eval_every: int = setting(10, "iterations between validations", 1)
     eval_problems: int = setting(512, "problems of a validation and of the test", 1)
@@ -133,7 +151,7 @@ def train_all(settings: Settings, variants: dict[str, list[str]], output: Path) 
         other = found.get("settings", "other settings")
         raise UserError(f"{output} holds runs with {other}; delete it or name another")
     runs = {label: found["runs"].get(label, {}) for label in [*found["runs"], *variants]}
-    seeds = [str(seed) for seed in range(settings.seeds)]
+    seeds = [str(settings.first_seed + i) for i in range(settings.seeds)]
     missing = [(label, seed) for seed in seeds for label in variants if seed not in runs[label]]
     flags = [f"--num_iterations={settings.iterations}", f"--eval_every={settings.eval_every}"]
     flags.append(f"--eval_problems={settings.eval_problems}")
@@ -216,8 +234,11 @@ def draw(results: dict[str, Runs], picture: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_settings(Settings, __doc__, argv)
-    name, variants = read_vary(settings.vary) if settings.vary else ("", VARIANTS)
-    output = Path(settings.output or HERE / ("ablation" + f"_{name}" * bool(name) + ".json"))
+    name, variants = settings.study, STUDIES[settings.study]
+    if settings.vary:
+        name, variants = read_vary(settings.vary)
+    ending = "" if name == "losses" else f"_{name}"
+    output = Path(settings.output or HERE / f"ablation{ending}.json")
     results, picture = train_all(settings, variants, output), output.with_suffix(".png")
     for lines in tables(results):
         print("\n".join(["", *lines]))

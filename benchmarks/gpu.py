@@ -26,7 +26,8 @@ from engine.cli import setting
 from engine.files import UserError, exit_code
 from engine.machine import choose_device, peak_memory
 from engine.models import model_folder
-from train_grpo import PRESETS, Config
+from engine.presets import PRESETS
+from train_grpo import Config
 
 PHASES = ("rollout", "reference", "forward", "backward", "optimizer", "other", "all")
 

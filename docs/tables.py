@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from benchmarks import ablation, vs_trl
 from engine.files import COMPLETIONS_FILE, ROOT
 from engine.metrics import best_iteration, validations
-from train_grpo import PRESETS, Config
+from engine.presets import PRESETS
+from train_grpo import Config
 
 
 def percent(share: float) -> str:

@@ -78,8 +78,8 @@ def load_checkpoint(output: Path) -> tuple[dict[str, Tensor], dict]:
             sums = read_json(folder / MANIFEST).get("sha256")
             if sums != {p.name: sha256(p) for p in folder.iterdir() if p.name != MANIFEST}:
                 raise UserError("its checksums do not match")
-            files = [load_file(path).items() for path in folder.glob("*.safetensors")]
-            return dict(chain(*files)), read_json(folder / STATE)
+            tensors = [load_file(path).items() for path in folder.glob("*.safetensors")]
+            return dict(chain(*tensors)), read_json(folder / STATE)
         except (UserError, OSError, SafetensorError) as error:
             print(f"warning: checkpoint {folder} is damaged, trying the one before: {error}")
     if folders:

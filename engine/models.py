@@ -69,22 +69,6 @@ def hub_source(name: str) -> str | None:
     return None
 
 
-def choose_preset(presets: dict[str, dict], model: str) -> tuple[str, str]:
-    """(preset, reason): with CUDA the largest model that can be had, else the bundled one.
-
-    `model` is the one that the reference preset trains.
-    """
-    if not torch.cuda.is_available():
-        return "tiny", "the bundled model, since PyTorch finds no CUDA device"
-    where = hub_source(model)
-    if where:
-        return "reference", f"PyTorch finds a CUDA device, and {model} is {where}"
-    absent = f"{model} is neither in the cache nor on a hub in reach"
-    if model_folder(presets["smollm2"]["model_name"]):
-        return "smollm2", f"PyTorch finds a CUDA device, {absent}, SmolLM2 was fetched"
-    return "tiny", f"the bundled model, since {absent}, and SmolLM2 was not fetched"
-
-
 def why_untrainable(folder: Path) -> str | None:
     """Why the files of a model cannot be trained, with the remedy; None if nothing is seen."""
     files = [path for path in folder.iterdir() if path.is_file()]

@@ -338,10 +338,10 @@ class Run:
         every = self.config.checkpoint_every
         late = distributed.all_gather(time.monotonic() - self.written > 120)[0]
         new = self.iteration - self.last_checkpoint
-        due = new >= (every or 25) and (every or late)
+        regular = new >= (every or 25) and (every or late)
         healthy = not self.metrics["iterations"][-1]["skipped_updates"]
         # The first iteration's shows early whether the disk has room.
-        if best or (healthy and (due or new == self.iteration == 1)):
+        if best or (healthy and (regular or new == self.iteration == 1)):
             self.write_checkpoint()
         elif self.iteration % 25 == 0:
             self.write_metrics()

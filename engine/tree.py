@@ -154,10 +154,13 @@ class TreePolicy(Policy):
                 nodes, new = 0, length
             parts[-1].append(row)
             nodes += new
-        rows = [torch.tensor(sorted(part), device=rollout.mask.device) for part in parts]
-        chunks = [rollout[part] for part in rows]
-        trees = [TreeRollout(**vars(chunk), tree=RolloutTree(chunk)) for chunk in chunks]
-        return list(zip(rows, trees, strict=True))
+        micro_batches = []
+        for part in parts:
+            rows = torch.tensor(sorted(part), device=rollout.mask.device)
+            chunk = rollout[rows]
+            its_tree = RolloutTree(chunk) if len(parts) > 1 else tree
+            micro_batches.append((rows, TreeRollout(**vars(chunk), tree=its_tree)))
+        return micro_batches
 
     def sample(
         self,

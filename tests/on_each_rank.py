@@ -24,6 +24,14 @@ CASES = {
     "micro-batches": {"micro_batch_size": 2},
     "dapo": {"micro_batch_size": 2, "loss_type": "dapo"},
     "dr_grpo": {"micro_batch_size": 2, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    "variants": {
+        "micro_batch_size": 2,
+        "loss_type": "cispo",
+        "scale_rewards": "batch",
+        "kl_correction": True,
+        "mask_truncated": True,
+    },
+    "GSPO": {"micro_batch_size": 2, "importance_level": "sequence", "mask_truncated": True},
     "one process without signal": {"micro_batch_size": 2, "loss_type": "dapo", "beta": 0.0},
 }
 
@@ -42,7 +50,8 @@ def given_completions(policy, tokenizer, prompts, group: int, *rest) -> Rollout:
     ended = [text + tokenizer.eos_token for text in texts]
     batch = ragged_batch(prompts, tokenizer(ended, add_special_tokens=False).input_ids)
     with torch.no_grad():
-        return replace(batch, texts=texts, sampled_logprobs=policy(batch))
+        scores, truncated = policy(batch), torch.tensor([text == "7" for text in texts])
+    return replace(batch, texts=texts, sampled_logprobs=scores, truncated=truncated)
 
 
 def advantages_of_the_first_half(rewards: Tensor, group: int, scale: str) -> Tensor:

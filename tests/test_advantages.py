@@ -12,7 +12,7 @@ from train_grpo import group_advantages
 SIZES = (2, 3, 6, 7, 8)
 # What a completion can earn, as float32 sums of its parts: not all of them are round numbers.
 EARNED = (0.0, 0.2, 0.4, 1.0)
-SCALES = pytest.mark.parametrize("scale", ["group", "none"])
+SCALES = pytest.mark.parametrize("scale", ["group", "batch", "none"])
 
 
 def random_rewards(groups: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +31,9 @@ def test_advantage_is_the_formula_computed_group_by_group(size, scale):
     assert advantages.shape == rewards.shape
     for start in range(0, len(rewards), size):
         group = rewards[start : start + size].tolist()
-        std = stdev(group) + 1e-4 if scale == "group" else 1
+        std = {"group": stdev(group) + 1e-4, "batch": stdev(rewards.tolist()) + 1e-4, "none": 1}[
+            scale
+        ]
         expected = [(r - fmean(group)) / std for r in group]
         assert advantages[start : start + size].tolist() == pytest.approx(expected, abs=1e-5)
 

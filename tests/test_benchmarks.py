@@ -17,8 +17,9 @@ from benchmarks.turns import make_trainer
 from engine.files import UserError
 from engine.models import eos_token_ids
 from engine.policy import Rollout
+from engine.presets import PRESETS
 from engine.prompt import encode_prompts
-from train_grpo import PRESETS, parse_config, reward_function, train_iteration
+from train_grpo import parse_config, reward_function, train_iteration
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -121,14 +122,23 @@ def test_tables_pair_runs_by_seed_with_intervals_of_students_t():
 
 
 def test_each_variant_changes_only_what_its_name_says():
-    preset, variants = asdict(parse_config(["--preset=tiny"])).items(), ablation.VARIANTS
+    preset, variants = asdict(parse_config(["--preset=tiny"])).items(), ablation.LOSSES
     configs = {name: parse_config(["--preset=tiny", *flags]) for name, flags in variants.items()}
     assert {name: asdict(config).items() - preset for name, config in configs.items()} == {
         "GRPO": set(),
         "Dr. GRPO": {("loss_type", "dr_grpo"), ("scale_rewards", "none")},
         "DAPO's loss, clip-higher": {("loss_type", "dapo"), ("epsilon_high", 0.28)},
-        "GRPO, beta 0": {("beta", 0.0)},
+        "GSPO": {("importance_level", "sequence")},
+        "CISPO": {("loss_type", "cispo")},
+        "standard deviation of the batch": {("scale_rewards", "batch")},
+        "beta 0": {("beta", 0.0)},
+        "k3_inverse": {("kl_estimator", "k3_inverse")},
+        "corrected KL": {("kl_correction", True)},
     }
+    assert ablation.STUDIES["off_policy"].keys() == variants.keys()
+    for flags in ablation.STUDIES["groups"].values():
+        config = parse_config(["--preset=tiny", *flags])
+        assert config.batch_size * config.num_generations == 512
 
 
 @pytest.mark.parametrize(

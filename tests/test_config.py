@@ -13,7 +13,8 @@ import train_grpo
 from engine import distributed
 from engine.files import UserError, exit_code
 from engine.machine import choose_dtype
-from train_grpo import PRESETS, Arithmetic, Config, parse_config
+from engine.presets import PRESETS
+from train_grpo import Arithmetic, Config, parse_config
 
 RECIPE = {
     "model_name": "Qwen/Qwen2.5-0.5B-Instruct",

@@ -17,7 +17,7 @@ import inference
 import train_grpo
 from benchmarks import gpu
 from engine.files import read_json
-from train_grpo import PRESETS
+from engine.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 RUNS = [(policy, dtype) for policy in ("plain", "tree") for dtype in ("float32", "bfloat16")]

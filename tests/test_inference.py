@@ -17,10 +17,11 @@ import evaluate
 import inference
 import train_grpo
 from engine.files import UserError
+from engine.presets import PRESETS
 from engine.prompt import encode_prompts, read_prompt
 from inference import config_of, most_common_answer
 from rewards import parse
-from train_grpo import PRESETS, answer_questions, rollout
+from train_grpo import answer_questions, rollout
 
 QUESTIONS = ["What is (4 - 9) * 6?", "What is (1 + 2) + 3?", "What is (10 * 10) * 10?"]
 PROMPT = read_prompt(str(TINY))

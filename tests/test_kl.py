@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train_grpo import kl_term
+from train_grpo import Config, grpo_loss, kl_term
 
 ESTIMATORS = ("k3", "k3_inverse")
 
@@ -57,6 +57,83 @@ def test_expected_gradients_are_forward_kls_and_half_chi_squares(seed):
         sampled = (drawn * kl_term(leaf.log_softmax(0), ref, estimator)).sum()
         [gradient], [expected] = (torch.autograd.grad(x, leaf) for x in (sampled, target))
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def penalty_gradient(leaf, new, old, ref, chances, **settings) -> torch.Tensor:
+    """The expected gradient in `leaf` of the loss's KL term, over completions that are enumerated.
+
+    new, old, ref: log-probabilities (N, T) of all completions; chances (N,): how often each is
+    sampled. Times T, because the loss takes the mean over tokens.
+    """
+    config, nothing = Config(beta=1.0, **settings), torch.zeros(1, dtype=new.dtype)
+    losses = []
+    for i in range(len(new)):
+        row = slice(i, i + 1)
+        mask = torch.ones_like(new[row])
+        losses.append(grpo_loss(new[row], old[row], ref[row], nothing, mask, config)[0])
+    total = new.shape[1] * (chances * torch.stack(losses)).sum()
+    return torch.autograd.grad(total, leaf, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("seed", range(3))
+def test_of_one_token_the_corrected_term_has_the_gradient_of_kl(seed, moved):
+    logits, ref = distributions(seed)
+    leaf = logits.clone().requires_grad_(True)
+    drift = torch.linspace(-0.5, 0.7, 7, dtype=torch.float64) if moved else 0.0
+    old = (logits + drift).log_softmax(0)
+    columns = leaf.log_softmax(0)[:, None], old[:, None], ref[:, None]
+    found = {
+        (estimator, corrected): penalty_gradient(
+            leaf, *columns, old.exp(), kl_estimator=estimator, kl_correction=corrected
+        )
+        for estimator in ESTIMATORS
+        for corrected in (False, True)
+    }
+    pi = leaf.softmax(0)
+    kl, chi2 = kl_divergence(pi, ref.exp()), chi_square(pi, ref.exp())
+    [reverse] = torch.autograd.grad(kl, leaf, retain_graph=True)
+    [other] = torch.autograd.grad(chi2 - kl, leaf)
+    torch.testing.assert_close(found["k3", True], reverse, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["k3_inverse", True], other, rtol=1e-9, atol=1e-12)
+    for estimator in ESTIMATORS:  # without the ratio neither has that gradient
+        assert (found[estimator, False] - reverse).abs().max() > 0.02
+    if not moved:
+        forward = torch.autograd.grad(kl_divergence(ref.exp(), leaf.softmax(0)), leaf)[0]
+        torch.testing.assert_close(found["k3", False], forward, rtol=1e-9, atol=1e-12)
+
+
+def test_of_two_tokens_no_term_has_the_gradient_of_kl_between_sequences():
+    # Logits of token 1 first, after a 0, after a 1: all there is to completions of two bits.
+    leaf = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-0.4, 0.6, 1.1], dtype=torch.float64)
+    moved = torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64)
+
+    def both(logits) -> torch.Tensor:
+        """Log-probabilities (4, 2) of 00, 01, 10, 11."""
+        off, on = torch.nn.functional.logsigmoid(torch.stack([-logits, logits]))
+        rows = [[off[0], off[1]], [off[0], on[1]], [on[0], off[2]], [on[0], on[2]]]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    new, theirs = both(leaf), both(ref)
+    sequences = (new.sum(1).exp() * (new - theirs).sum(1)).sum()
+    [whole] = torch.autograd.grad(sequences, leaf, retain_graph=True)
+    for old in (both(leaf.detach()), both(moved)):
+        chances = old.sum(1).exp()
+        found = penalty_gradient(
+            leaf, new, old, theirs, chances, kl_estimator="k3", kl_correction=True
+        )
+        # What it is: the gradient of each token's KL, over the prefixes of the old policy.
+        first = (new[:, 0].exp() * (new - theirs)[:, 0])[[0, 2]].sum()
+        given = [(new[i : i + 2, 1].exp() * (new - theirs)[i : i + 2, 1]).sum() for i in (0, 2)]
+        prefixes = chances.view(2, 2).sum(1)
+        tokens = first + (prefixes * torch.stack(given)).sum()
+        [expected] = torch.autograd.grad(tokens, leaf, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert (found - whole).abs().max() > 0.02
+        for estimator in ESTIMATORS:
+            plain = penalty_gradient(leaf, both(leaf), old, theirs, chances, kl_estimator=estimator)
+            assert (plain - whole).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

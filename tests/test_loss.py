@@ -8,12 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train_grpo import Config, grpo_loss, loss_length
+from train_grpo import Config, grpo_loss, loss_length, loss_mask
 
 LENGTHS = (1, 7, 4, 7, 2, 5, 7, 3)
 # New over old: below, inside and above 0.8 .. 1.2 and 0.8 .. 1.28, and where nothing has moved.
 RATIOS = (0.5, 0.79, 0.9, 1.0, 1.1, 1.21, 2.0)
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
+VARIANTS = {
+    "GSPO": {"importance_level": "sequence"},
+    "GSPO, clip-higher": {"importance_level": "sequence", "epsilon_high": 0.28},
+    "CISPO": {"loss_type": "cispo"},
+    "CISPO, its bound higher": {"loss_type": "cispo", "epsilon_high": 0.5},
+    "corrected KL": {"kl_correction": True},
+    "GSPO, corrected KL": {"importance_level": "sequence", "kl_correction": True},
+    "CISPO, corrected KL": {"loss_type": "cispo", "kl_correction": True},
+}
 
 
 def make_case() -> dict[str, torch.Tensor]:
@@ -82,13 +91,16 @@ def trl_loss(case: dict, config: Config):
             accelerator=SimpleNamespace(
                 gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1
             ),
-            args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+            args=SimpleNamespace(
+                use_bias_correction_kl=config.kl_correction, delta=None, steps_per_generation=1
+            ),
             aux_loss_enabled=False,
             beta=config.beta,
             current_gradient_accumulation_steps=1,
-            epsilon_high=config.epsilon_high or config.epsilon,
+            # TRL's bound for CISPO is on the ratio itself, ours on its distance from 1.
+            epsilon_high=(config.loss_type == "cispo") + (config.epsilon_high or config.epsilon),
             epsilon_low=config.epsilon,
-            importance_sampling_level="token",
+            importance_sampling_level=config.importance_level,
             loss_type=config.loss_type,
             max_completion_length=config.max_new_tokens,
             model=SimpleNamespace(training=True),
@@ -122,6 +134,55 @@ def test_loss_and_gradient_equal_those_of_trl(loss_type, beta, epsilon, epsilon_
     torch.testing.assert_close(loss, its_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-12)
     assert gradient.abs().max() > 0.01
+
+
+def without_completions(case: dict, rows: list[int]) -> dict:
+    """The case with these rows left out of the loss."""
+    mask = case["mask"].clone()
+    mask[rows] = 0
+    return case | {"mask": mask}
+
+
+@pytest.mark.parametrize("left_out", [[], [1, 4], list(range(8))], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_of_variants_equal_those_of_trl(variant, beta, left_out):
+    config = Config(kl_estimator="k3", beta=beta, **VARIANTS[variant])
+    case = without_completions(make_case(), left_out)
+    (loss, gradient), (its_loss, its_gradient) = ours(case, config), trl_loss(case, config)
+    torch.testing.assert_close(loss, its_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-12)
+    if len(left_out) == 8:
+        assert loss == 0 and not gradient.any()
+    else:
+        assert gradient.abs().max() > 0.005
+        plain, _ = ours(case, Config(kl_estimator="k3", beta=beta))
+        assert abs(plain - loss) > 1e-6 or (beta == 0 and variant == "corrected KL")
+
+
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, "cispo"])
+def test_completions_left_out_of_the_loss_count_in_n_alone(loss_type):
+    config = Config(kl_estimator="k3", beta=0.3, loss_type=loss_type)
+    case = without_completions(make_case(), [1, 4])
+    (loss, gradient), (its_loss, its_gradient) = ours(case, config), trl_loss(case, config)
+    torch.testing.assert_close(loss, its_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-12)
+    assert not gradient[[1, 4]].any() and gradient[[0, 2, 3, 5, 6, 7]].any(dim=1).all()
+
+
+def test_the_loss_mask_leaves_truncated_completions_out_if_asked():
+    truncated = torch.tensor([False, True, False])
+    batch = SimpleNamespace(mask=torch.ones(3, 2), truncated=truncated)
+    assert torch.equal(loss_mask(batch, Config()), batch.mask)
+    found = loss_mask(batch, Config(mask_truncated=True))
+    assert found.tolist() == [[1, 1], [0, 0], [1, 1]]
+
+
+def test_clip_fraction_of_cispo_is_the_share_of_bounded_weights():
+    case, config = make_case(), Config(loss_type="cispo", beta=0)
+    _, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
+    shares = [fmean(RATIOS[(r + t) % 7] > 1.2 for t in range(n)) for r, n in enumerate(LENGTHS)]
+    assert stats["clip_fraction"].item() == pytest.approx(fmean(shares), rel=1e-6)
 
 
 def equation_3(case: dict, config: Config) -> tuple[float, list[list[float]], dict]:

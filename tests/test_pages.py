@@ -16,7 +16,8 @@ import one_iteration
 import pages
 import tables
 
-from train_grpo import PRESETS, Config
+from engine.presets import PRESETS
+from train_grpo import Config
 
 PAGES = [str(path.relative_to(ROOT)) for path in pages.PAGES]
 CARDS = [str(path.relative_to(ROOT)) for path in ROOT.glob("results/*/README.md")]

@@ -17,8 +17,9 @@ from make_tiny_model import (
     model_card,
 )
 
+from engine.presets import PRESETS
 from engine.prompt import encode_prompts, read_prompt
-from train_grpo import PRESETS, Config, Task, evaluate_off_task, load_task
+from train_grpo import Config, Task, evaluate_off_task, load_task
 
 
 def test_it_has_a_million_weights_in_under_5_mb(tiny):

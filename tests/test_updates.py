@@ -360,6 +360,32 @@ def test_without_any_advantage_adam_takes_its_step_with_gradient_zero(kind):
         assert torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@BOTH
+def test_truncated_completions_teach_nothing_if_masked(kind, loss_type, micro_batch_size):
+    policy = kind(small_model("llama"))
+    recorder = Recorder(policy)
+    truncated = torch.tensor([False, True, False, True, False, False, False, True])
+    settings = {"loss_type": loss_type, "micro_batch_size": micro_batch_size}
+    config = Config(
+        num_inner_updates=1, beta=0.3, clip_grad_norm=1e9, mask_truncated=True, **settings
+    )
+    batch, reference = replace(make_batch(), truncated=truncated), nearby(policy)
+    update(policy, reference, recorder, batch, ADVANTAGES, config)
+    kept = [i for i in range(8) if not truncated[i]]
+    scores, refs = plain_logprobs(policy.model), plain_logprobs(reference.model)
+    loss = 0.0
+    for i in kept:
+        d = scores[i] - refs[i].detach()
+        gain = (scores[i] - scores[i].detach()).exp() * ADVANTAGES[i]
+        divisor = {"grpo": 8 * LENGTHS[i], "dapo": sum(LENGTHS[k] for k in kept)}[loss_type]
+        loss = loss + (config.beta * (d.exp() - d - 1) - gain).sum() / divisor
+    names, parameters = zip(*policy.model.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    assert_same_gradients(recorder.gradients, expected)
+
+
 @BOTH
 def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
     policy, config = kind(small_model("llama")), Config(num_inner_updates=1, beta=0)
