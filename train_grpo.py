@@ -336,9 +336,8 @@ def grpo_loss(
     clipped = ratio.clamp(low, high) * advantages[:, None]
     held = clipped < unclipped  # at the clipped value: their policy gradient is 0
     objective = torch.min(unclipped, clipped)
-    if (
-        config.loss_type == "cispo"
-    ):  # every token keeps its gradient, with a weight of at most `high`
+    if config.loss_type == "cispo":
+        # Every token keeps its gradient, with a weight of at most `high`.
         held = ratio > high
         objective = ratio.clamp(max=high).detach() * advantages[:, None] * logprobs
     if config.beta:
