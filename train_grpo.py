@@ -90,7 +90,7 @@ class Config:
     epsilon_high: float = setting(0, "clip at 1 + epsilon_high instead; 0: same as epsilon", 0, 100)
     beta: float = setting(0.04, "weight of the KL term in the loss", 0, 1000)
     kl_estimator: Literal["k3_inverse", "k3"] = setting("k3_inverse", "KL term; k3 is the paper's")
-    kl_correction: bool = setting(False, "KL term times the ratio: the gradient of KL itself")
+    kl_correction: bool = setting(False, "KL term times the ratio of its token; for k3")
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
     micro_batch_size: int = setting(0, "completions per backward pass; 0 is as many as fit", 0)
     # Evaluating, saving, stopping
@@ -227,17 +227,18 @@ def rollout(
     group: int,
     max_new_tokens: int,
     generator: torch.Generator | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    greedy: Tensor | None = None,
 ) -> Rollout:
-    """Sample `group` completions of each prompt (ids and mask, (B, P)); temperature 0 is greedy.
+    """Sample `group` completions of each prompt (ids and mask, (B, P)).
 
-    temperature: one for all, or (B*G,), each of them 0 or the same number.
+    Of the rows that are `greedy` (B*G,), and at temperature 0 of all, every token is the likeliest.
     """
     check_length(policy.model, prompts[0], max_new_tokens)
     prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
     eos_ids = torch.tensor(eos_token_ids(policy.model, tokenizer), device=prompt_ids.device)
     ids, mask, logprobs, truncated = policy.sample(
-        prompt_ids, prompt_mask, max_new_tokens, eos_ids, generator, temperature
+        prompt_ids, prompt_mask, max_new_tokens, eos_ids, generator, temperature, greedy
     )
     visible = (mask & ~torch.isin(ids, eos_ids)).cpu()  # (B*G, T)
     rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), visible, strict=True)]
@@ -264,9 +265,10 @@ def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tenso
     groups = rewards.view(-1, group)  # (B, G)
     centred = groups - groups.mean(dim=1, keepdim=True)
     equal = groups.amax(dim=1, keepdim=True) == groups.amin(dim=1, keepdim=True)
-    std = torch.ones(1) if scale == "none" else groups.std(dim=1, keepdim=True) + 1e-4
     if scale == "batch":
         std = rewards.new_tensor(sum(distributed.all_gather(rewards.tolist()), [])).std() + 1e-4
+    else:
+        std = groups.std(dim=1, keepdim=True) + 1e-4 if scale == "group" else 1.0
     return (centred / std).masked_fill(equal, 0.0).flatten()
 
 
@@ -323,30 +325,31 @@ def grpo_loss(
 
     logprobs, old_logprobs, ref_logprobs, mask: (N, T), ref_logprobs None if beta is 0; advantages:
     (N,); length as returned by `loss_length`. Variants: GSPO (arXiv 2507.18071, eq. 7) and CISPO
-    (arXiv 2506.13585, eq. 4, without a lower bound). Returns the scalar loss and what the metrics
-    record of it.
+    (arXiv 2506.13585, eqs. 4 and 5, without a lower bound). Returns the scalar loss and what the
+    metrics record of it.
     """
     log_ratio = logprobs - old_logprobs  # (N, T)
-    if config.importance_level == "sequence":  # of the whole completion, per token
+    ratio = token_ratio = log_ratio.exp()
+    if config.importance_level == "sequence":  # the geometric mean over a completion's tokens
         lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = ((log_ratio * mask).sum(dim=1, keepdim=True) / lengths).expand_as(mask)
-    ratio = log_ratio.exp()
+        ratio = ((log_ratio * mask).sum(dim=1, keepdim=True) / lengths).exp().expand_as(mask)
     unclipped = ratio * advantages[:, None]
     low, high = 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon)
     clipped = ratio.clamp(low, high) * advantages[:, None]
-    held = clipped < unclipped  # at the clipped value: their policy gradient is 0
+    bounded = clipped < unclipped  # tokens at the clipped value: their policy gradient is 0
     objective = torch.min(unclipped, clipped)
-    if config.loss_type == "cispo":
-        # Every token keeps its gradient, with a weight of at most `high`.
-        held = ratio > high
+    if config.loss_type == "cispo":  # there every token has a gradient, of bounded weight
+        bounded = (ratio > high) & (advantages[:, None] != 0)
         objective = ratio.clamp(max=high).detach() * advantages[:, None] * logprobs
     if config.beta:
         penalty = kl_term(logprobs, ref_logprobs, config.kl_estimator)
-        # Per token the ratio makes the expected gradient that of KL(pi_theta || pi_ref): of `k3`
-        # alone it is that of another divergence, and off-policy neither has the right mean.
-        objective = objective - config.beta * (ratio * penalty if config.kl_correction else penalty)
+        if config.kl_correction:
+            # Without the ratio, the expected gradient of `k3` is that of KL(pi_ref || pi_theta),
+            # and off-policy its mean is no KL of pi_theta either.
+            penalty = token_ratio * penalty
+        objective = objective - config.beta * penalty
     loss = -completion_mean(objective, mask, length)
-    return loss, {"loss": loss.detach(), "clip_fraction": completion_mean(held.float(), mask)}
+    return loss, {"loss": loss.detach(), "clip_fraction": completion_mean(bounded.float(), mask)}
 
 
 def loss_mask(batch: Rollout, config: Config) -> Tensor:
@@ -394,13 +397,16 @@ def update_policy(
     length, policy = loss_length(loss_mask(batch, config), config), learner.policy
     # Without a KL term, a completion of advantage 0 adds exactly nothing to the gradient. If that
     # is all of them, one stays: the gradient is then zero, not absent, and Adam's step is taken.
-    useful = torch.arange(len(batch), device=batch.mask.device)
+    useful = all_rows = torch.arange(len(batch), device=batch.mask.device)
     if not config.beta:
-        useful = advantages.nonzero().flatten() if advantages.any() else useful[:1]
+        counts = (advantages != 0) & loss_mask(batch, config).any(dim=1)
+        useful = all_rows[counts] if counts.any() else all_rows[:1]
+    advantages = advantages[useful]
     micro_batches = policy.micro_batches(batch[useful], config.micro_batch_size)
-    # Nor is there a penalty for which to read the reference; `kl` then is that of the first group.
-    first = torch.arange(config.num_generations, device=batch.mask.device)
-    measured = micro_batches if config.beta else policy.micro_batches(batch[first])
+    measured = micro_batches
+    if not config.beta:  # no penalty needs the reference: it reads the first group alone, for `kl`
+        first_group = batch[all_rows[: config.num_generations]]
+        measured = policy.micro_batches(first_group, config.micro_batch_size)
     with torch.no_grad():
         ref_logprobs = [learner.reference(chunk) for _, chunk in measured]  # (n, T) each
     old_logprobs: list[Tensor] = []  # (n, T) each
@@ -417,7 +423,7 @@ def update_policy(
             if len(old_logprobs) == i:
                 old_logprobs.append(logprobs.detach())
             reference = ref_logprobs[i] if config.beta else None
-            inputs = old_logprobs[i], reference, advantages[useful][rows], loss_mask(chunk, config)
+            inputs = old_logprobs[i], reference, advantages[rows], loss_mask(chunk, config)
             loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
@@ -470,16 +476,17 @@ def answer_questions(
     prompt: Prompt,
     questions: list[str],
     generator: torch.Generator | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    greedy: Tensor | None = None,
 ) -> list[str]:
-    """One completion of each question, sampled 128 at a time; temperature as in `rollout`."""
+    """One completion of each question, sampled 128 at a time; `greedy` as in `rollout`."""
     texts, hidden = [], distributed.rank() > 0 or None  # None: shown on a terminal only
-    temperatures = torch.as_tensor(temperature).expand(len(questions))
     for start in tqdm(range(0, len(questions), 128), delay=2, leave=False, disable=hidden):
         chunk = slice(start, start + 128)
         prompts = encode_prompts(tokenizer, questions[chunk], prompt, policy.model.device)
-        sampling = prompt.max_new_tokens, generator, temperatures[chunk]
-        texts += rollout(policy, tokenizer, prompts, 1, *sampling).texts
+        sampling = prompt.max_new_tokens, generator, temperature
+        likeliest = None if greedy is None else greedy[chunk].to(policy.model.device)
+        texts += rollout(policy, tokenizer, prompts, 1, *sampling, likeliest).texts
     return texts
 
 
@@ -493,8 +500,8 @@ def evaluate(policy: Policy, task: Task, split: str, count: int, seed: int) -> d
     problems = task.problems.held_out(split, count)
     # Both in one pass, because the two answers to a question share most of their prefixes.
     asked = [p.question for p in distributed.shard(problems) for _ in range(2)]
-    temperature = torch.tensor([1.0, 0.0]).repeat(len(asked) // 2)
-    mine = answer_questions(policy, task.tokenizer, task.prompt, asked, rng, temperature)
+    greedy = torch.tensor([False, True]).repeat(len(asked) // 2)
+    mine = answer_questions(policy, task.tokenizer, task.prompt, asked, rng, greedy=greedy)
     texts, scores = sum(distributed.all_gather(mine), []), {}
     for i, kind in enumerate(("sampled", "greedy")):
         pairs = zip(texts[i::2], problems, strict=True)

@@ -40,8 +40,9 @@ LOSSES = {
     "GRPO": ["--loss_type=grpo"],
     "Dr. GRPO": ["--loss_type=dr_grpo", "--scale_rewards=none"],
     "DAPO's loss, clip-higher": ["--loss_type=dapo", "--epsilon_high=0.28"],
-    "GSPO": ["--importance_level=sequence"],
-    "CISPO": ["--loss_type=cispo"],
+    # With the bounds of their authors: GRPO's would hardly ever bound a mean over tokens.
+    "GSPO": ["--importance_level=sequence", "--epsilon=3e-4", "--epsilon_high=4e-4"],
+    "CISPO": ["--loss_type=cispo", "--epsilon_high=4"],
     "standard deviation of the batch": ["--scale_rewards=batch"],
     "beta 0": ["--beta=0"],
     "k3_inverse": ["--kl_estimator=k3_inverse"],
@@ -145,6 +146,7 @@ def train_all(settings: Settings, variants: dict[str, list[str]], output: Path) 
     Raises UserError if the runs in `output` were done with other settings.
     """
     same = {name: getattr(settings, name) for name in ("iterations", "eval_every", "eval_problems")}
+    same |= {"compared": settings.vary or settings.study, "first_seed": settings.first_seed}
     same["preset"] = PRESETS["tiny"]
     found = read_json(output) if output.exists() else {"settings": same, "runs": {}}
     if found.get("settings") != same:

@@ -84,7 +84,8 @@ def compare_speed(settings: Settings, work: Work, loops: tuple[str, ...] = ("our
 
 def compare_growth(settings: Settings, work: Work, folder: Path) -> dict:
     """Speed and memory of this loop with either policy, and of TRL, as one size grows."""
-    settings = replace(settings, rounds=3, iterations=2)
+    counts = {"rounds": settings.rounds or 3, "iterations": settings.iterations or 2}
+    settings = replace(settings, **counts)
     base = replace(work.config, batch_size=4, num_generations=8)
     points: dict[str, list[dict]] = {name: [] for name in GROWTH}
     for name, sizes in GROWTH.items():

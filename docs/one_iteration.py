@@ -17,6 +17,7 @@ from train_grpo import (
     Config,
     Learner,
     Task,
+    completion_mean,
     group_advantages,
     grpo_loss,
     kl_term,
@@ -26,11 +27,10 @@ from train_grpo import (
     update_policy,
 )
 
-# The rate is twice the preset's, so that one update moves some ratios beyond the clipping range.
+# A batch this small moves some ratios beyond the clipping range in one update.
 CHANGED = {
     "seed": 35,
     "device": "cpu",
-    "learning_rate": 1e-4,
     "batch_size": 2,
     "num_generations": 4,
     "num_inner_updates": 2,
@@ -139,6 +139,7 @@ def page() -> str:
     inputs = now, old, ref, advantages, batch.mask
     by_code, stats = grpo_loss(*inputs, CONFIG)
     hand_lines, by_hand = loss_by_hand(inputs)
+    penalty = completion_mean(kl_term(now, ref, CONFIG.kl_estimator), batch.mask)
 
     groups = [range(k * group, (k + 1) * group) for k in range(len(problems))]
     everyone = range(len(batch))
@@ -173,8 +174,9 @@ def page() -> str:
 
 `python docs/pages.py` writes this page. It runs one iteration of `train_grpo.py` on the bundled
 model, with {len(problems)} problems, {group} completions of each, and two updates. Every
-number comes from the trainer's own functions. The learning rate is {CONFIG.learning_rate:g}, higher
-than the preset's, so that one update moves some ratios beyond the clipping range.
+number comes from the trainer's own functions. The learning rate is the preset's,
+{CONFIG.learning_rate:g}; in a batch this small, one update moves some ratios beyond the clipping
+range.
 
 ## 1. Two problems become prompts
 
@@ -256,7 +258,7 @@ over the tokens of a completion, and minus the mean over completions (DeepSeekMa
 |---|---|
 | {by_hand:+.6f} | {by_code.item():+.6f} |
 
-`kl`, the mean KL term, is {stats["kl"].item():.4f}; `clip_fraction`, the share of tokens whose
+The mean KL term is {penalty.item():.4f}; `clip_fraction`, the share of tokens whose
 clipped value is the smaller one, is {stats["clip_fraction"].item():.4f}. `grad_norm`, the mean
 gradient norm of both updates before clipping, is {metrics["grad_norm"]:.3f}.
 

@@ -125,9 +125,10 @@ def no_signal(metrics: dict, special_tokens: list[str]) -> str | None:
     recent = metrics["iterations"][-WINDOW:]
     if len(recent) < WINDOW or any(m["frac_zero_std_groups"] < 1 for m in recent):
         return None
-    mean = {name: fmean(m[name] for m in recent) for name in recent[-1]}
-    parts = [n.removeprefix("reward_") for n in mean if n.startswith("reward_")]
-    earned = ", ".join(f"{part} {mean[f'reward_{part}']:.2f}" for part in parts)
+    parts = [name for name in recent[-1] if name.startswith("reward_")]
+    names = "truncated", "accuracy", "entropy", *parts
+    mean = {name: fmean(m[name] for m in recent) for name in names}
+    earned = ", ".join(f"{part.removeprefix('reward_')} {mean[part]:.2f}" for part in parts)
     example = metrics["evaluations"][-1]["example"]
     ends = [token for token in special_tokens if token in example["completion"]]
     unnamed = f", or name {ends[0]} as an end token in generation_config.json" if ends else ""
@@ -149,7 +150,7 @@ def time_shares(metrics: dict) -> str:
     seconds = {
         "starting": metrics["set_up_seconds"],
         "sampling": sampling,
-        "updating": sum(m["seconds"] for m in metrics["iterations"]) - sampling,
+        "scoring and updating": sum(m["seconds"] for m in metrics["iterations"]) - sampling,
         "evaluating": sum(e.get("seconds", 0) for e in metrics["evaluations"]),
     }
     seconds["files and plots"] = metrics["seconds"] - sum(seconds.values())

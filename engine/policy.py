@@ -101,11 +101,12 @@ class Policy(nn.Module):
         max_new_tokens: int,
         eos_ids: Tensor,
         generator: torch.Generator | None = None,
-        temperature: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        greedy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sample a completion of each prompt (N, P), until all have ended with one of `eos_ids`.
 
-        temperature: 0 (greedy) or another, one for all or (N,) with at most one other than 0.
+        Of the rows that are `greedy` (N,) bool, and at temperature 0 of all, take the likeliest.
         Returns ids, mask and log-probabilities (N, T), and whether each was truncated (N,).
         """
         with torch.no_grad():
@@ -113,7 +114,7 @@ class Policy(nn.Module):
             logits, rows, cache = self.prefill(prompt_ids, prompt_mask)  # (K, V), (N,)
             steps = []  # T times (token, mask, logprob), (N,) each
             while True:
-                token, logprob = sample_tokens(logits, rows, temperature, generator)
+                token, logprob = sample_tokens(logits, rows, temperature, generator, greedy)
                 steps.append((token, unfinished, logprob.where(unfinished, 0.0)))
                 unfinished = unfinished & ~torch.isin(token, eos_ids)
                 if len(steps) == max_new_tokens or not unfinished.any():
@@ -181,21 +182,25 @@ def token_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
 
 
 def sample_tokens(
-    logits: Tensor, rows: Tensor, temperature: float | Tensor, generator: torch.Generator | None
+    logits: Tensor,
+    rows: Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    greedy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each of N sequences, with logits (K, V) and rows (N,) as in `prefill`.
 
-    temperature: as in `Policy.sample`. Unless all are greedy, each sequence takes one uniform
-    number from the generator, on the CPU, so that a seed means the same on every device. Returns
-    the tokens and their log-probabilities at temperature 1, both (N,).
+    Temperature 0 takes the likeliest; so do the rows that are `greedy` (N,) at any other. There
+    each sequence takes one uniform number from the generator, on the CPU, so that draws do not
+    depend on the device's own generator. Returns the tokens and their log-probabilities at
+    temperature 1, both (N,).
     """
     logprobs = logits.float().log_softmax(dim=1)  # (K, V)
-    temperature = torch.as_tensor(temperature, device=rows.device)
-    highest, greedy = temperature.max().item(), temperature == 0
-    token = torch.zeros_like(rows)
-    if highest > 0:
+    if temperature == 0:
+        token = logprobs.argmax(dim=1)[rows]
+    else:
         uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator)
-        scaled = logprobs if highest == 1 else (logprobs / highest).log_softmax(dim=1)
+        scaled = logprobs if temperature == 1 else (logprobs / temperature).log_softmax(dim=1)
         if scaled.device.type == "mps":
             scaled = scaled.cpu()  # mps has no float64
         cdf = scaled.exp().cumsum(dim=1, dtype=torch.float64)  # (K, V)
@@ -206,8 +211,8 @@ def sample_tokens(
         found = torch.searchsorted(steps, row + uniform.to(cdf.device), right=True)
         # The clamp is for a draw that rounds up to the end of its row, and for NaN weights.
         token = (found - row * cdf.shape[1]).clamp(0, cdf.shape[1] - 1).to(rows.device)
-    if greedy.any():
-        token = torch.where(greedy, logprobs.argmax(dim=1)[rows], token)
+        if greedy is not None:
+            token = torch.where(greedy, logprobs.argmax(dim=1)[rows], token)
     return token, logprobs.flatten()[rows * logprobs.shape[1] + token]
 
 

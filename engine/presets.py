@@ -7,8 +7,8 @@ from engine.models import hub_source, model_folder
 PRESETS: dict[str, dict] = {
     "reference": {},
     # Asked for the bare answer, it is right on 4%; asked to show its two steps, on 17%. Without
-    # worked examples it never writes the tags, but each makes every pass longer. At a constant rate
-    # its accuracy stalls at 55%. bfloat16 halves the time on a CPU.
+    # worked examples it never writes the tags, but each makes every pass longer. bfloat16 halves
+    # the time on a CPU. docs/real_llm.md has the trials behind the rest.
     "smollm2": {
         "model_name": "models/SmolLM2-135M-Instruct",
         "rewards": "examples/reasoning.py",
@@ -27,7 +27,7 @@ PRESETS: dict[str, dict] = {
         "eval_every": 25,
     },
     # A small model needs a much higher learning rate, and so larger batches; completions that share
-    # prefixes cost little. 90% greedy validation accuracy after some 10 s on two cores.
+    # prefixes cost little.
     "tiny": {
         "model_name": "tiny_model",
         "learning_rate": 1e-4,

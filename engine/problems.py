@@ -14,6 +14,8 @@ import random
 import signal
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -202,28 +204,37 @@ class RewardFile:
         for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
             if not callable(function):
                 raise UserError(f"{self.path}: defines no function {form}")
-        self.call: tuple | None = None  # the arguments of `score` while it runs
-        # A signal, since one regular expression would hold up a thread.
-        signal.signal(signal.SIGALRM, self.tell_slow_call)
 
-    def tell_slow_call(self, *_) -> None:
-        """Say which call of `score` has taken SLOW seconds."""
-        if self.call:
-            completion, answer = self.call
+    @contextmanager
+    def told_if_slow(self, completion: str, answer: str | int) -> Iterator[None]:
+        """Print a line about this call of `score` once it has taken SLOW seconds.
+
+        By a signal, since one regular expression would hold up a thread; not if the file uses that
+        signal itself, for a timeout of its own.
+        """
+
+        def tell(*_) -> None:
             text = f"score has run for {SLOW:.0f} s on the completion {completion!r:.300}"
             tqdm.write(f"{self.path}: {text}, answer {answer!r:.100}", file=sys.stderr)
 
-    def score(self, completion: str, answer: str | int) -> dict[str, float]:
-        """The parts of a completion's reward by name, each in 0..1, before their weights."""
-        self.call = completion, answer
+        if signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGALRM, tell)
         signal.setitimer(signal.ITIMER_REAL, SLOW)
         try:
-            scores = self.function(completion, answer)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def score(self, completion: str, answer: str | int) -> dict[str, float]:
+        """The parts of a completion's reward by name, each in 0..1, before their weights."""
+        try:
+            with self.told_if_slow(completion, answer):
+                scores = self.function(completion, answer)
         except OSError as error:  # which a run takes for a full disk of its own
             raise RuntimeError(f"{self.path}: score failed") from error
-        finally:
-            self.call = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
         given = scores.tolist() if hasattr(scores, "tolist") else scores
         numbers = [to_number(each) for each in given] if isinstance(given, tuple | list) else []
         if len(numbers) != len(self.weights):

@@ -395,5 +395,6 @@ class Run:
             self.write_metrics()
             if self.writes:
                 draw(self.output)
+                self.metrics["seconds"] = time.monotonic() - self.started  # with the plots
                 print(summary(self.metrics, self.output))
         return {"finished": 0, "failed": 1}.get(status, 128 + self.stop_signal)

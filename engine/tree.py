@@ -158,8 +158,7 @@ class TreePolicy(Policy):
         for part in parts:
             rows = torch.tensor(sorted(part), device=rollout.mask.device)
             chunk = rollout[rows]
-            its_tree = RolloutTree(chunk) if len(parts) > 1 else tree
-            micro_batches.append((rows, TreeRollout(**vars(chunk), tree=its_tree)))
+            micro_batches.append((rows, TreeRollout(**vars(chunk), tree=RolloutTree(chunk))))
         return micro_batches
 
     def sample(
@@ -169,21 +168,17 @@ class TreePolicy(Policy):
         max_new_tokens: int,
         eos_ids: Tensor,
         generator: torch.Generator | None = None,
-        temperature: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        greedy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in `Policy`, one part of the batch after another."""
-        most = MAX_SAMPLED.get(prompt_ids.device.type, MAX_SAMPLED_ELSEWHERE)
-        rows = max(1, most // max_new_tokens)
-        temperatures = torch.as_tensor(temperature, device=prompt_ids.device)
-        parts = [
-            super(TreePolicy, self).sample(*prompts, max_new_tokens, eos_ids, generator, t)
-            for *prompts, t in zip(
-                prompt_ids.split(rows),
-                prompt_mask.split(rows),
-                temperatures.expand(len(prompt_ids)).split(rows),
-                strict=True,
-            )
-        ]
+        most, parts = MAX_SAMPLED.get(prompt_ids.device.type, MAX_SAMPLED_ELSEWHERE), []
+        size = max(1, most // max_new_tokens)
+        for start in range(0, len(prompt_ids), size):
+            rows = slice(start, start + size)
+            sampling = max_new_tokens, eos_ids, generator, temperature
+            likeliest = None if greedy is None else greedy[rows]
+            parts.append(super().sample(prompt_ids[rows], prompt_mask[rows], *sampling, likeliest))
         width = max(part[0].shape[1] for part in parts)
         *columns, truncated = zip(*parts, strict=True)
         wide = [[F.pad(x, (0, width - x.shape[1])) for x in column] for column in columns]

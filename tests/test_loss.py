@@ -20,7 +20,6 @@ VARIANTS = {
     "CISPO": {"loss_type": "cispo"},
     "CISPO, its bound higher": {"loss_type": "cispo", "epsilon_high": 0.5},
     "corrected KL": {"kl_correction": True},
-    "GSPO, corrected KL": {"importance_level": "sequence", "kl_correction": True},
     "CISPO, corrected KL": {"loss_type": "cispo", "kl_correction": True},
 }
 
@@ -160,7 +159,7 @@ def test_loss_and_gradient_of_variants_equal_those_of_trl(variant, beta, left_ou
         assert abs(plain - loss) > 1e-6 or (beta == 0 and variant == "corrected KL")
 
 
-@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, "cispo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_completions_left_out_of_the_loss_count_in_n_alone(loss_type):
     config = Config(kl_estimator="k3", beta=0.3, loss_type=loss_type)
     case = without_completions(make_case(), [1, 4])
@@ -178,10 +177,23 @@ def test_the_loss_mask_leaves_truncated_completions_out_if_asked():
     assert found.tolist() == [[1, 1], [0, 0], [1, 1]]
 
 
+def test_with_sequence_ratios_the_kl_term_is_corrected_by_each_tokens_own():
+    case, settings = make_case(), {"importance_level": "sequence", "kl_estimator": "k3"}
+    plain, corrected = (
+        ours(case, Config(**settings, beta=1.0, kl_correction=c))[0] for c in (False, True)
+    )
+    surrogate = ours(case, Config(**settings, beta=0.0))[0]
+    token, _ = ours(case, Config(kl_estimator="k3", beta=1.0, kl_correction=True))
+    token_surrogate, _ = ours(case, Config(kl_estimator="k3", beta=0.0))
+    torch.testing.assert_close(corrected - surrogate, token - token_surrogate)
+    assert abs(corrected - plain) > 0.01
+
+
 def test_clip_fraction_of_cispo_is_the_share_of_bounded_weights():
     case, config = make_case(), Config(loss_type="cispo", beta=0)
     _, stats = grpo_loss(**case, config=config, length=loss_length(case["mask"], config))
     shares = [fmean(RATIOS[(r + t) % 7] > 1.2 for t in range(n)) for r, n in enumerate(LENGTHS)]
+    shares[5] = 0.0  # its advantage is 0
     assert stats["clip_fraction"].item() == pytest.approx(fmean(shares), rel=1e-6)
 
 

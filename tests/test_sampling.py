@@ -168,7 +168,7 @@ def test_a_sampled_token_is_where_its_uniform_number_falls(temperature):
 def test_greedy_and_sampled_rows_stand_side_by_side():
     logits, rows = torch.randn(9, 7, generator=seeded(5)), torch.arange(200) % 9
     greedy = torch.arange(200) % 3 == 0
-    token, logprob = sample_tokens(logits, rows, torch.where(greedy, 0.0, 0.5), seeded(6))
+    token, logprob = sample_tokens(logits, rows, 0.5, seeded(6), greedy)
     drawn, its_logprob = sample_tokens(logits, rows, 0.5, seeded(6))
     assert torch.equal(token[greedy], logits.argmax(dim=1)[rows][greedy])
     assert torch.equal(token[~greedy], drawn[~greedy])
