@@ -23,19 +23,18 @@ RECIPE += "{num_inner_updates} updates each, learning rate {learning_rate}, beta
 def facts(metrics: dict) -> dict[str, str]:
     """What the top of the page says of a run."""
     config, count = metrics.get("config", {}), len(metrics["iterations"])
-    found = {
-        "model": config.get("model_name", "unknown"),
-        "recipe": RECIPE.format_map(defaultdict(lambda: "?", config)),
-        "status": ": ".join(filter(None, map(metrics.get, ("status", "stop_reason")))),
-        "time": f"{metrics.get('seconds', 0):.0f} s, {count} iterations",
-        "saved policy": f"after iteration {metrics.get('best_iteration', '?')}",
-    }
+    recipe = RECIPE.format_map(defaultdict(lambda: "?", config))
+    found = {"model": config.get("model_name", "unknown"), "recipe": recipe}
     tests = [e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test"]
     for kind in ("sampled", "greedy"):
         parts = [[100 * test[kind][name] for name in ("accuracy", "low", "high")] for test in tests]
         texts = [f"{p:.1f}% ({low:.1f} to {high:.1f})" for p, low, high in parts]  # 95% interval
         found[f"test accuracy, {kind}"] = " → ".join([*texts, "not measured yet"][:2])
-    return found
+    return found | {
+        "time": f"{metrics.get('seconds', 0):.0f} s, {count} iterations",
+        "status": ": ".join(filter(None, map(metrics.get, ("status", "stop_reason")))),
+        "saved policy": f"after iteration {metrics.get('best_iteration', '?')}",
+    }
 
 
 def curves(iterations: list[dict]) -> dict[str, list]:
