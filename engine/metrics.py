@@ -16,13 +16,11 @@ from torch import Tensor
 
 from engine.files import METRICS_FILE
 from engine.policy import Policy, Rollout
-from engine.problems import Problem, RewardFile
+from engine.problems import LOGPROBS, Problem, RewardFile
 from engine.prompt import decode
 
 WINDOW = 50  # iterations over which a run is judged
 MAX_SKIPPED = 10  # updates in a row
-# Columns of grpo_completions.jsonl: when sampled, after the updates, under the reference.
-LOGPROBS = ("sampled_logprobs", "updated_logprobs", "ref_logprobs")
 
 
 def batch_metrics(

@@ -6,6 +6,7 @@ report.html is the page, here the data go into it. No torch, so that plot_metric
 import json
 import math
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -50,24 +51,24 @@ def curves(iterations: list[dict]) -> dict[str, list]:
     return found
 
 
-def logged_groups(path: Path) -> list[dict]:
+def logged_groups(path: Path, parts: list[str]) -> list[dict]:
     """The whole lines of grpo_completions.jsonl; [] without one. A kill may leave half a line."""
     groups = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             group = json.loads(line)
-            groups.append(group | {"completions": fold(group["completions"])})
-        except (ValueError, TypeError, KeyError):
-            continue
+            groups.append(group | {"completions": fold(group["completions"], parts)})
     return groups[:: math.ceil(len(groups) / MOST_GROUPS) or 1]
 
 
-def fold(completions: list[dict]) -> list[dict]:
-    """Equal completions once, with their number."""
+def fold(completions: list[dict], parts: list[str]) -> list[dict]:
+    """Equal completions once, with their `count`; the parts of their reward go into one list."""
     folded: dict[tuple, dict] = {}
     for completion in completions:
         key = (completion["text"], *completion.get("token_texts", []))
-        folded.setdefault(key, completion | {"count": 0})["count"] += 1
+        rest = {name: value for name, value in completion.items() if name not in parts}
+        rest |= {"parts": [completion[part] for part in parts], "count": 0}
+        folded.setdefault(key, rest)["count"] += 1
     return list(folded.values())
 
 
@@ -80,7 +81,7 @@ def write_report(runs: list[tuple[str, Path, dict]], output: Path) -> None:
     for label, path, metrics in runs:
         history = metrics["iterations"]
         parts = [n.removeprefix("reward_") for n in history[0] if n.startswith("reward_")]
-        groups = logged_groups(path.with_name(COMPLETIONS_FILE)) if len(runs) == 1 else []
+        groups = logged_groups(path.with_name(COMPLETIONS_FILE), parts) if len(runs) == 1 else []
         drawn = {"facts": facts(metrics), "curves": curves(history), "parts": parts}
         data.append(metrics | drawn | {"label": label, "groups": groups, "iterations": None})
     # Escaped, so that no text of a model can end the script that holds the data.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import screenshot
 
 from engine.files import COMPLETIONS_FILE, METRICS_FILE
-from engine.metrics import LOGPROBS
+from engine.problems import LOGPROBS
 from engine.report import REPORT_FILE
 from plot_metrics import main
 

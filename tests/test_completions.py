@@ -8,8 +8,8 @@ from processes import arguments, finish
 
 import train_grpo
 from engine.files import COMPLETIONS_FILE, append_line, cut_lines
-from engine.metrics import LOGPROBS, group_record
-from engine.problems import RewardFile
+from engine.metrics import group_record
+from engine.problems import LOGPROBS, RewardFile
 from train_grpo import group_advantages, parse_config, rollout, set_up, train_iteration
 
 

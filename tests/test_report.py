@@ -18,8 +18,9 @@ from test_plots import write_run
 import plot_metrics
 import train_grpo
 from engine.files import COMPLETIONS_FILE, METRICS_FILE
-from engine.metrics import LOGPROBS, group_record, token_texts
+from engine.metrics import group_record, token_texts
 from engine.policy import Policy
+from engine.problems import LOGPROBS
 from engine.report import REPORT_FILE
 from engine.run import Run
 from engine.tree import TreePolicy
@@ -63,7 +64,13 @@ def report(*files) -> list[dict]:
 def completion(texts: list[str], **rest) -> dict:
     """A completion of the log with these tokens."""
     columns = {name: [-0.1234 - i for i in range(len(texts))] for name in LOGPROBS}
-    fields = {"text": "".join(texts), "exact": 0.0, "advantage": -0.71234, "truncated": False}
+    fields = {
+        "text": "".join(texts),
+        "brief": 0.5,
+        "exact": 0.0,
+        "advantage": -0.71234,
+        "truncated": False,
+    }
     return {**fields, "tokens": len(texts), "token_texts": texts, **columns, **rest}
 
 
@@ -177,15 +184,17 @@ def test_about_thirty_groups_of_a_run_are_logged():
 
 
 def test_the_page_holds_what_was_logged_and_equal_completions_once(tmp_path):
-    path = write_run(tmp_path / METRICS_FILE)
+    path = write_run(tmp_path / METRICS_FILE)  # its reward has the parts brief and exact
     right, wrong = completion(["7", "."], advantage=1.0), completion(["8", "."])
     cut = completion(["7", "."], truncated=True, token_texts=["7."])
     write_groups(tmp_path, [[wrong, right, cut, wrong, wrong], [right]])
     [run] = report(path)
     first, second = run["groups"]
     assert [row.pop("count") for row in first["completions"]] == [3, 1, 1]
-    assert first["completions"] == [wrong, right, cut]
-    assert second["completions"] == [right | {"count": 1}]
+    assert second["completions"] == [first["completions"][1] | {"count": 1}]
+    for row, written in zip(first["completions"], [wrong, right, cut], strict=True):
+        parts = dict(zip(run["parts"], row.pop("parts"), strict=True))
+        assert row | parts == written
     history = json.loads(path.read_text())["iterations"]
     curves = run["curves"]
     assert curves["x"] == list(range(1, 121))
@@ -250,7 +259,7 @@ def test_several_runs_share_their_curves(tmp_path):
 def test_reports_are_small(tmp_path):
     """SmolLM2 in its preset: all completions differ and use all of their 40 tokens."""
     path = write_run(tmp_path / METRICS_FILE, iterations=200)
-    rows = [completion([f" word{i}"] * 40, near=0.0, format=1.0) for i in range(16)]
+    rows = [completion([f" word{i}"] * 40) for i in range(16)]
     write_groups(tmp_path, [rows] * 40)
     report(path)
     assert (tmp_path / REPORT_FILE).stat().st_size < 3e6
