@@ -38,8 +38,7 @@ def browser():
 def run(tmp_path_factory):
     """The folder of a short run of the bundled model with its report."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ("--num_iterations", 6, "--num_generations", 16, "--learning_rate", "1e-3")
-    finish(folder, *flags, "--max_new_tokens", 16)
+    finish(folder, "--num_iterations", 6, "--num_generations", 16, "--max_new_tokens", 16)
     assert main([str(folder / METRICS_FILE)]) == 0
     return folder
 
@@ -60,6 +59,11 @@ def open_page(browser, folder) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # which forgets what was before
     browser.get((folder / REPORT_FILE).as_uri())
+
+
+def shown(element) -> str:
+    """A text of the log, of which the page shows line breaks as a sign."""
+    return element.get_attribute("textContent").replace("↵", "\n").replace("∅", "")
 
 
 def text(browser, selector: str) -> str:
@@ -87,17 +91,19 @@ def test_slider_and_arrow_keys_walk_through_the_groups(page, run):
     assert text(page, "#answer") == str(lines[2]["answer"])
     counts = [int(b.text.split()[0]) for b in page.find_elements(By.CSS_SELECTOR, "#list li b")]
     texts = [
-        "".join(t.get_attribute("textContent") for t in li.find_elements(By.TAG_NAME, "button"))
+        "".join(shown(token) for token in li.find_elements(By.CLASS_NAME, "token"))
         for li in page.find_elements(By.CSS_SELECTOR, "#list li")
     ]
     found = ["".join(row["token_texts"]) for row in lines[2]["completions"]]
     assert dict(zip(texts, counts, strict=True)) == {t: found.count(t) for t in found}
     cursors = page.find_elements(By.CSS_SELECTOR, "line.cursor")
     assert len(cursors) == 7 and len({cursor.get_attribute("x1") for cursor in cursors}) == 1
-    answers = page.find_elements(By.CSS_SELECTOR, "#fixed ul li")
     asked = sum((fixed["completions"] for fixed in lines[2]["fixed"]), [])
-    expected = [(str(c["count"]), "✓" if c["exact"] else "✗", c["text"]) for c in asked]
-    assert [tuple(answer.text.split()) for answer in answers] == expected
+    answers = page.find_elements(By.CSS_SELECTOR, "#fixed li .text")
+    assert [shown(answer) for answer in answers] == [c["text"] for c in asked]
+    counts = page.find_elements(By.CSS_SELECTOR, "#fixed li > span:first-child")
+    expected = [f"{c['count']} {'✓' if c['exact'] else '✗'}" for c in asked]
+    assert [count.text for count in counts] == expected
     assert_silent(page)
 
 
@@ -106,13 +112,13 @@ def test_a_token_shows_its_numbers(page, run):
     item = page.find_element(By.CSS_SELECTOR, "#list li")
     tokens = item.find_elements(By.CSS_SELECTOR, ".token")
     same = [r for r in logged(run)[0]["completions"] if r["advantage"] == best["advantage"]]
-    shown = [token.get_attribute("textContent") for token in tokens]
-    row = next(r for r in same if r["token_texts"] == shown)
+    texts = [shown(token) for token in tokens]
+    row = next(r for r in same if r["token_texts"] == texts)
 
     def check(i: int) -> None:
         sampled, updated, ref = (row[name][i] for name in LOGPROBS)
         told = text(page, "#readout")
-        assert json.dumps(shown[i]) in told
+        assert json.dumps(texts[i]) in told
         shares = [float(number) / 100 for number in re.findall(r"([\d.]+)%", told)]
         assert shares == pytest.approx([math.exp(x) for x in (sampled, updated, ref)], rel=1e-2)
         ratio, kl, advantage = re.search(
