@@ -1,10 +1,11 @@
-"""Plot one run, or compare several: metrics files in, two PNGs out.
+"""Plot one run, or compare several: metrics files in, two PNGs and a page out.
 
     python plot_metrics.py                            # redraw the plots of the last run
     python plot_metrics.py runs/*/grpo_metrics.json   # overlay runs to compare them
 
-Writes grpo_training_curve.png (reward and accuracy) and grpo_kl_divergence.png next to the metrics
-file, or to --output_dir (with several files: the current folder by default).
+Writes grpo_training_curve.png (reward and accuracy), grpo_kl_divergence.png and grpo_report.html,
+which replays a run in the browser, next to the metrics file, or to --output_dir (with several
+files: the current folder by default).
 """
 
 import io
@@ -17,12 +18,12 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
 from engine.files import METRICS_FILE, ScriptParser, UserError, exit_code, read_json, write_bytes
+from engine.report import REPORT_FILE, WINDOW, write_report
 
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OFF_TASK = COLOURS[3]
-WINDOW = 50  # iterations in the moving average
 
 
 def read_metrics(path: Path) -> dict:
@@ -115,11 +116,15 @@ def save_figure(figure, path: Path) -> None:
 
 
 def draw(paths: list[Path], output: Path) -> None:
-    """Plot the metrics files `paths` into `output`: one run in full, or several overlaid."""
+    """Plot the metrics files `paths` into `output`: one run in full, or several overlaid.
+
+    Two PNGs, and the report.
+    """
     runs = [read_metrics(path) for path in paths]
     names = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
     labels = [name.replace("$", r"\$") for name in names]  # a pair of $ would start a formula
     output.mkdir(parents=True, exist_ok=True)
+    write_report(list(zip(names, paths, runs, strict=True)), output)
     style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 4), layout="constrained")
@@ -176,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(args.files, output)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
-    print("wrote " + " and ".join(str(output / name) for name in PLOT_FILES))
+    print("wrote " + ", ".join(str(output / name) for name in (*PLOT_FILES, REPORT_FILE)))
     return 0
 
 

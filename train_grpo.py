@@ -36,7 +36,7 @@ from tqdm import tqdm
 from engine import distributed
 from engine.cli import Parser, check_settings, setting
 from engine.files import METRICS_FILE, UserError, exit_code
-from engine.metrics import accuracy_summary, batch_metrics, group_record
+from engine.metrics import Group, accuracy_summary, batch_metrics
 from engine.models import eos_token_ids
 from engine.policy import Policy, Rollout, frozen_copy
 from engine.presets import PRESETS, choose_preset
@@ -98,7 +98,9 @@ class Config:
         200, "iterations between validations; 0: only before and after training", 0
     )
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
-    log_completions_every: int = setting(25, "iterations per logged group; 0 is never", 0)
+    log_completions_every: int = setting(
+        0, "iterations per logged group; 0: about 30 in a run; -1: never", -1
+    )
     checkpoint_every: int = setting(
         0, "iterations per checkpoint; 0 = every 25 or 2 minutes, whichever is longer", 0
     )
@@ -446,7 +448,7 @@ def update_policy(
     return metrics | measure_kl(chunks, ours, ref_logprobs, config)
 
 
-def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict, dict]:
+def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict, Group]:
     """One iteration of GRPO: sample groups, score them, update the policy.
 
     Returns its metrics and, for the log of completions, its first group.
@@ -466,7 +468,9 @@ def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict,
     metrics |= update_policy(learner, batch, advantages.to(device), config)
     metrics["rollout_seconds"] = sampled - started
     metrics["seconds"] = time.perf_counter() - started
-    first_group = group_record(problems[0], batch, parts, advantages, group)
+    first = batch[torch.arange(group, device=device)]
+    own_parts = {name: part[:group] for name, part in parts.items()}
+    first_group = Group(problems[0], first, own_parts, advantages[:group])
     return distributed.all_reduce_mean(metrics), first_group
 
 
@@ -569,7 +573,8 @@ def train(config: Config) -> int:
                 measure(split, learner.policy, run.iteration)
         for iteration in run:  # until done, stopped, sick or interrupted; a resumed run goes on
             set_learning_rate(learner.optimizer, config, iteration)
-            run.log_iteration(*train_iteration(task, learner, config))
+            fixed = run.ask_fixed(answer_questions)
+            run.log_iteration(*train_iteration(task, learner, config), fixed)
             run.save()
             if run.due("validation"):
                 measure("validation", learner.policy, run.iteration)

@@ -4,7 +4,8 @@
 
 In README.md and docs/*.md, a function of tables.py writes what stands between `<!-- NAME -->` and
 `<!-- end -->`: a table, or a number in a sentence. figures.py draws docs/*.png, one_iteration.py
-writes one_iteration.md. Change the results or these files, run this, and commit the pages.
+writes one_iteration.md; report.html and report.png come from screenshot.py, run by itself. Change
+the results or these files, run this, and commit the pages.
 """
 
 import re

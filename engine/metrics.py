@@ -6,13 +6,18 @@ one would, and each of several processes as the others do.
 
 import math
 import shlex
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from engine.files import METRICS_FILE
-from engine.policy import Rollout
+from engine.policy import Policy, Rollout
+from engine.problems import LOGPROBS, Problem, RewardFile
+from engine.prompt import decode
 
 WINDOW = 50  # iterations over which a run is judged
 MAX_SKIPPED = 10  # updates in a row
@@ -36,15 +41,61 @@ def batch_metrics(
     }
 
 
+@dataclass(frozen=True)
+class Group:
+    """A problem and its G completions, scored."""
+
+    problem: Problem
+    rollout: Rollout  # N = G
+    parts: dict[str, Tensor]  # of the reward, by name, (G,) each
+    advantages: Tensor  # (G,)
+
+
 def group_record(
-    problem, batch: Rollout, parts: dict[str, Tensor], advantages: Tensor, group: int
+    group: Group, policy: Policy, reference: Policy, tokenizer, micro_batch_size: int = 0
 ) -> dict:
-    """The first group of a batch, as a line of grpo_completions.jsonl; parts (B*G,) by name."""
-    lengths = batch.mask.sum(dim=1).int()
-    numbers = {**parts, "advantage": advantages, "tokens": lengths, "truncated": batch.truncated}
-    columns = {"text": batch.texts} | {name: x[:group].tolist() for name, x in numbers.items()}
-    rows = [{name: column[i] for name, column in columns.items()} for i in range(group)]
-    return {"question": problem.question, "answer": problem.answer, "completions": rows}
+    """A group as a line of grpo_completions.jsonl, once the policy has been updated on it.
+
+    Of each token its text, and its log-probability when it was sampled, after the updates, and
+    under the reference. Reads every completion, those of advantage 0 too.
+    """
+    batch, problem = group.rollout, group.problem
+    updated, ref = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask)  # (G, T)
+    with torch.no_grad():
+        for rows, chunk in policy.micro_batches(batch, micro_batch_size):
+            steps = chunk.mask.shape[1]
+            updated[rows, :steps], ref[rows, :steps] = policy(chunk), reference(chunk)
+    mask = batch.mask.bool()
+    lengths = mask.sum(dim=1)
+    numbers = {**group.parts, "advantage": group.advantages}
+    numbers |= {"tokens": lengths, "truncated": batch.truncated}
+    columns = {"text": batch.texts} | {name: x.tolist() for name, x in numbers.items()}
+    ids = [row[kept].tolist() for row, kept in zip(batch.completion_ids, mask, strict=True)]
+    known = token_texts(tokenizer, sorted({i for row in ids for i in row}))
+    columns["token_texts"] = [[known[i] for i in row] for row in ids]
+    scores = batch.sampled_logprobs, updated, ref
+    for name, logprobs in zip(LOGPROBS, scores, strict=True):
+        rows = [row[kept].tolist() for row, kept in zip(logprobs, mask, strict=True)]
+        columns[name] = [[round(logprob, 4) for logprob in row] for row in rows]
+    completions = [{name: column[i] for name, column in columns.items()} for i in range(len(ids))]
+    return {"question": problem.question, "answer": problem.answer, "completions": completions}
+
+
+def token_texts(tokenizer, ids: list[int]) -> dict[int, str]:
+    """What each token adds to a text. Half a character reads as the replacement character."""
+    # Decoded twice in a row: some tokenizers leave out the space of the first token of a text.
+    once, twice = (decode(tokenizer, [[i] * times for i in ids]) for times in (1, 2))
+    rows = zip(ids, once, twice, strict=True)
+    return {i: two[len(one) :] if two.startswith(one) else one for i, one, two in rows}
+
+
+def fixed_record(problem: Problem, texts: list[str], rewards: RewardFile) -> dict:
+    """The answers to one of the fixed questions, equal ones once, the most frequent first."""
+    answers = [
+        {"text": text, "count": count, "exact": rewards.score(text, problem.answer)["exact"] == 1}
+        for text, count in Counter(texts).most_common()
+    ]
+    return {"question": problem.question, "answer": problem.answer, "completions": answers}
 
 
 def accuracy_summary(scores: list[dict[str, float]]) -> dict:
@@ -153,7 +204,7 @@ def time_shares(metrics: dict) -> str:
         "scoring and updating": sum(m["seconds"] for m in metrics["iterations"]) - sampling,
         "evaluating": sum(e.get("seconds", 0) for e in metrics["evaluations"]),
     }
-    seconds["files and plots"] = metrics["seconds"] - sum(seconds.values())
+    seconds["logging, files, plots"] = metrics["seconds"] - sum(seconds.values())
     return ", ".join(f"{name} {number:.0f}" for name, number in seconds.items())
 
 
@@ -170,7 +221,7 @@ def summary(metrics: dict, output: Path) -> str:
         "kl": f"{fmean(kl[-100:]):.3f} at the end, {max(kl):.3f} at most",
         "time": f"{metrics['seconds']:.0f} s: {time_shares(metrics)}",
         "memory": f"{memory:.0f} MiB at most" if memory else "unknown",
-        "files": f"{output / METRICS_FILE}, with grpo_*.png beside it",
+        "files": f"{output / METRICS_FILE}, with grpo_report.html and grpo_*.png beside it",
         "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
         "next": f"python inference.py {model}{question}",
     }

@@ -26,8 +26,10 @@ from engine.cli import check_text
 from engine.files import ROOT, UserError, read_file
 
 SPLITS = ("train", "validation", "test")
-# Columns of grpo_completions.jsonl that no part of a reward may be named after.
-RESERVED_COLUMNS = {"text", "advantage", "tokens", "truncated"}
+# Columns of grpo_completions.jsonl: when sampled, after the updates, under the reference.
+LOGPROBS = ("sampled_logprobs", "updated_logprobs", "ref_logprobs")
+# Columns that no part of a reward may be named after.
+RESERVED_COLUMNS = {"text", "advantage", "tokens", "truncated", "token_texts", *LOGPROBS}
 ODD_COMPLETION = "<answer>\0\u0667\u2212</answer> \U0001f642<answer>"
 FORMAT = "a problem file is JSON Lines: one object per line, UTF-8"
 OTHER_FORMATS = {b"[": "a JSON array", b"PAR1": "Parquet"}  # by their first bytes

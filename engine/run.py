@@ -22,7 +22,16 @@ from engine import distributed, files
 from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, restore, save_checkpoint
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from engine.machine import describe_environment, peak_memory, process_seconds
-from engine.metrics import best_iteration, describe, no_signal, reason_to_stop, summary
+from engine.metrics import (
+    Group,
+    best_iteration,
+    describe,
+    fixed_record,
+    group_record,
+    no_signal,
+    reason_to_stop,
+    summary,
+)
 from engine.models import check_saving, fingerprint, load_model, read_source, save_model
 from engine.policy import Policy
 from engine.problems import RewardFile
@@ -147,6 +156,7 @@ class Run:
         self.config, self.task, self.learner = config, task, learner
         self.output, self.writes = Path(config.output_dir), distributed.rank() == 0
         self.stop_signal, self.ending = 0, None
+        self.fixed = task.problems.held_out("validation", config.eval_problems)[:2]
         self.metrics = self.new_metrics()
         with ExitStack() as stack:
             with distributed.sync_errors():
@@ -308,8 +318,37 @@ class Run:
         )
         self.check_ending()
 
-    def log_iteration(self, results: dict, group: dict) -> None:
-        """Record an iteration and, every so often, its first group; warn as the metrics ask for."""
+    def logs_group(self, iteration: int) -> bool:
+        """Whether this process logs a group of an iteration: rank 0 the first, and every so often.
+
+        With 0 as the setting, about 30 in a run. A resumed run logs those of an uninterrupted one.
+        """
+        every = self.config.log_completions_every or max(1, round(self.config.num_iterations / 30))
+        return self.writes and every > 0 and (iteration == 1 or iteration % every == 0)
+
+    def ask_fixed(self, answer_questions: Callable) -> list[dict]:
+        """If the next iteration is logged, ask two validation questions 16 times each.
+
+        They show the policy that is about to sample, always on the same questions. The generator is
+        its own, so that logging changes nothing in the training. A reward file that fails here
+        costs no iteration: the policy has not been updated yet.
+        """
+        if not self.logs_group(self.iteration + 1):
+            return []
+        seed = 1_000_003 * (self.config.seed + 1) + self.iteration
+        rng, task = torch.Generator().manual_seed(seed), self.task
+        asked = [problem.question for problem in self.fixed for _ in range(16)]
+        texts = answer_questions(self.learner.policy, task.tokenizer, task.prompt, asked, rng)
+        return [
+            fixed_record(problem, texts[16 * i : 16 * (i + 1)], task.rewards)
+            for i, problem in enumerate(self.fixed)
+        ]
+
+    def log_iteration(self, results: dict, group: Group, fixed: list[dict]) -> None:
+        """Record an iteration and, every so often, its first group; warn as the metrics ask for.
+
+        fixed: what `ask_fixed` returned before the iteration.
+        """
         self.metrics["iterations"].append(results)
         self.keep_generators()
         skipped, updates = results["skipped_updates"], self.config.num_inner_updates
@@ -320,11 +359,13 @@ class Run:
         if warning and "no_signal" not in self.metrics:
             self.metrics["no_signal"] = self.iteration
             tqdm.write(warning)
-        file, every = self.output / COMPLETIONS_FILE, self.config.log_completions_every
+        file, learner = self.output / COMPLETIONS_FILE, self.learner
         if self.writes and self.iteration == 1:
             file.unlink(missing_ok=True)  # of an earlier run
-        if self.writes and every and self.iteration % every == 0:
-            files.append_line(file, {"iteration": self.iteration, **group})
+        if self.logs_group(self.iteration):
+            inputs = group, learner.policy, learner.reference, self.task.tokenizer
+            record = group_record(*inputs, self.config.micro_batch_size)
+            files.append_line(file, {"iteration": self.iteration, **record, "fixed": fixed})
         self.check_ending()
 
     def save(self) -> None:

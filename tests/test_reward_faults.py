@@ -12,7 +12,7 @@ from processes import arguments, finish, metrics_but_for_times, read_metrics
 
 from engine import problems, prompt
 from engine.checkpoint import CHECKPOINTS
-from engine.files import UserError, exit_code
+from engine.files import COMPLETIONS_FILE, UserError, exit_code
 from engine.problems import Problem, RewardFile
 from train_grpo import main
 
@@ -21,7 +21,8 @@ HEAD = (
     "WEIGHTS = {'exact': 1}\ncalls = []\ndef score(completion, answer):\n    calls.append(0)\n    "
 )
 SUMS = "\n    return (completion == f'<answer>{answer}</answer>',)"
-LENGTH = ("--num_iterations", 6, "--checkpoint_every", 100)
+# Without a log, so that calls can be counted.
+LENGTH = ("--num_iterations", 6, "--checkpoint_every", 100, "--log_completions_every", -1)
 FLAGS = arguments(*LENGTH, "--rewards", "judge.py")
 
 
@@ -112,6 +113,23 @@ def test_a_run_that_fails_in_its_rule_loses_nothing(fault, done, healthy, tmp_pa
     hashes = [m["environment"]["rewards_sha256"] for m in (failed, resumed)]
     repair = {"what": "rewards", "iteration": done, "was": hashes[0], "is": hashes[1]}
     assert resumed.pop("repaired") == [repair] and resumed == healthy
+
+
+def test_a_rule_that_fails_in_the_log_loses_no_line(tmp_path):
+    flags = ("--num_iterations", 3, "--eval_every", 0, "--rewards", "judge.py")
+    failed, calm = tmp_path / "failed", tmp_path / "calm"
+    callers = "[frame.name for frame in traceback.extract_stack()]"
+    fault = f"if len(calls) > 60 and 'fixed_record' in {callers}: 1 / 0"
+    rule(failed, fault + SUMS, "import traceback\n")
+    with pytest.raises(ZeroDivisionError):
+        finish(failed, *flags)
+    assert len(read_metrics(failed)["iterations"]) in (1, 2)
+    rule(failed, "pass" + SUMS)
+    rule(calm, "pass" + SUMS)
+    finish(failed, *flags, "--resume")
+    finish(calm, *flags)
+    lines, expected = ((folder / COMPLETIONS_FILE).read_bytes() for folder in (failed, calm))
+    assert lines == expected and lines.count(b"\n") == 3
 
 
 def test_a_question_that_fails_late_can_be_repaired(tmp_path, monkeypatch):
