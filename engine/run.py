@@ -23,7 +23,14 @@ from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, rest
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from engine.machine import describe_environment, peak_memory, process_seconds
 from engine.metrics import best_iteration, describe, no_signal, reason_to_stop, summary
-from engine.models import check_saving, fingerprint, load_model, read_source, save_model
+from engine.models import (
+    check_saving,
+    fingerprint,
+    load_model,
+    model_card,
+    read_source,
+    save_model,
+)
 from engine.policy import Policy
 from engine.problems import RewardFile
 from engine.prompt import check_length, encode_prompts
@@ -364,8 +371,8 @@ class Run:
 
     def save_policy(self, policy: Policy) -> None:
         if self.writes:
-            tokenizer, prompt = self.task.tokenizer, self.task.prompt
-            save_model(policy.model, tokenizer, prompt, self.output, self.metrics)
+            task, card = self.task, model_card(self.metrics)
+            save_model(policy.model, task.tokenizer, task.prompt, self.output, card)
 
     def load_best(self) -> Policy:
         """The best policy by validation: the last one, the base model, or the one saved.
