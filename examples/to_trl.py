@@ -7,7 +7,7 @@
 
 It takes the flags of train_grpo.py, and with them problems, split, prompt, rewards and recipe. Any
 field of GRPOConfig can be set by --trl. The `evaluate` of train_grpo.py measures held-out accuracy
-before and after. It leaves saved_model/ (adapters merged), trl_metrics.json, and TRL's files in trl/.
+before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL's files in trl/.
 
 | ours | TRL's | what differs |
 |---|---|---|
@@ -80,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
         settings = distributed.broadcast_object(parse_settings, argv)
         output, evaluations = Path(settings.output_dir), []
         with distributed.sync_errors():
+            changes = json_object("--trl", settings.trl)
             if distributed.rank() == 0:
                 stack.enter_context(locked_folder(output))
             problems, rewards, prompt = load_task(settings)
             policy, tokenizer = load_policy(settings, problems, prompt, settings.num_generations)
             task, device = Task(tokenizer, problems, rewards, prompt), policy.model.device
             model, _ = load_model(settings.model_name, torch.device("cpu"))  # TRL places it
-            changes = json_object("--trl", settings.trl)
             trainer = make_trainer(settings, task, model, changes, settings.lora_rank)
 
         def measure(iteration: int) -> None:
