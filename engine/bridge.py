@@ -68,7 +68,7 @@ def trl_config(config, changes: dict):
             f" of {shard}, the completions of a process"
         )
     recipe = {name: getattr(config, name) for name in SAME} | {
-        "output_dir": str(Path(config.output_dir) / "trl"),
+        "output_dir": str(Path(config.output_dir) / "trl_run"),
         "max_steps": config.num_iterations * config.num_inner_updates,
         "num_iterations": config.num_inner_updates,
         "per_device_train_batch_size": micro_batch,

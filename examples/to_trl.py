@@ -7,7 +7,7 @@
 
 It takes the flags of train_grpo.py, and with them problems, split, prompt, rewards and recipe. Any
 field of GRPOConfig can be set by --trl. The `evaluate` of train_grpo.py measures held-out accuracy
-before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL's files in trl/.
+before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL's own trl_run/.
 
 | ours | TRL's | what differs |
 |---|---|---|

@@ -249,5 +249,5 @@ def test_adapters_are_trained_and_saved_merged(tmp_path):
     assert metrics["config"]["lora_rank"] == 4
     found = changed(tmp_path)
     assert found and all(name.endswith("proj.weight") for name in found)
-    assert (tmp_path / "run/trl/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/trl_run/adapter/adapter_model.safetensors").exists()
     assert ask(tmp_path)
