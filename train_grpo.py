@@ -108,14 +108,14 @@ class Config:
     max_kl: float = setting(0, "stop when mean kl of 50 iterations exceeds it; 0: never", 0)
 
 
-def parse_config(argv: list[str] | None) -> Config:
+def parse_config(argv: list[str] | None, settings: type[Config] = Config) -> Config:
     """Read the command line: flags override the preset, the preset overrides the defaults."""
-    parser = Parser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(settings, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"
     if preset == "auto":
         preset, reason = choose_preset(Config.model_name)
     parser.set_defaults(**PRESETS[preset])
-    config = Config(**{**vars(parser.parse_args(argv)), "preset": preset})
+    config = settings(**{**vars(parser.parse_args(argv)), "preset": preset})
     check_settings(config)
     batch, group, processes = config.batch_size, config.num_generations, distributed.world_size()
     if batch * group > 65536:

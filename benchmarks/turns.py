@@ -1,6 +1,5 @@
 """This loop and TRL's, each in a process of its own, computing in turns."""
 
-import random
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -12,11 +11,12 @@ from typing import NamedTuple
 import transformers
 
 from benchmarks.common import CPU, Work, memory, never_end, start
+from engine import bridge
 from engine.files import UserError
 from engine.metrics import describe
 from engine.models import load_model
 from engine.policy import Policy
-from train_grpo import Config, Task, evaluate, load_task, reward_function, train_iteration
+from train_grpo import Config, Task, evaluate, load_task, train_iteration
 
 
 class Turn(NamedTuple):
@@ -93,64 +93,14 @@ LOOPS = {"ours": run_ours, "plain": run_plain, "trl": run_trl}
 
 def make_trainer(work: Work):
     """TRL's trainer with the settings of a work, and nothing that slows it down needlessly."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = work.config
-    model, tokenizer = load_model(config.model_name, CPU)
+    model, tokenizer = load_model(work.config.model_name, CPU)
     if work.endless:
         never_end(model, tokenizer)
-    if config.dtype == "bfloat16":
+    if work.config.dtype == "bfloat16":
         model.set_attn_implementation("eager")  # faster than fused on a CPU
-    problems, rewards, prompt = load_task(config)
-    rows = [
-        {"prompt": prompt.chat(p.question), "answer": p.answer}
-        for p in problems.draw(20_000, random.Random(config.seed))
-    ]
-
-    def reward(completions: list, answer: list[int], **_) -> list[float]:
-        texts = [completion[0]["content"] for completion in completions]
-        return reward_function(texts, answer, rewards)[0].tolist()
-
-    settings = GRPOConfig(
-        output_dir=mkdtemp(),
-        # the work
-        per_device_train_batch_size=config.batch_size * config.num_generations,
-        num_generations=config.num_generations,
-        num_iterations=config.num_inner_updates,
-        max_completion_length=config.max_new_tokens,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=config.clip_grad_norm,
-        beta=config.beta,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high or None,
-        loss_type=config.loss_type,
-        scale_rewards=config.scale_rewards,
-        use_bias_correction_kl=False,
-        seed=config.seed,
-        bf16=config.dtype == "bfloat16",  # autocast
-        # as fast as it can be on a CPU
-        use_cpu=True,
-        optim="adamw_torch_fused",
-        gradient_checkpointing=False,
-        disable_dropout=True,
-        shuffle_dataset=False,
-        dataloader_pin_memory=False,
-        max_steps=10**9,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+    task = Task(tokenizer, *load_task(work.config))
+    changes = {"max_steps": 10**9, "logging_strategy": "no", "disable_tqdm": True}
+    return bridge.make_trainer(work.config, task, model, changes | {"output_dir": mkdtemp()})
 
 
 def take_turns(

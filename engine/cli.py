@@ -1,6 +1,7 @@
 """Settings from the command line: a dataclass whose fields carry their help and their limits."""
 
 import dataclasses
+import json
 import re
 
 from transformers import HfArgumentParser
@@ -27,6 +28,17 @@ def setting(default, text: str, low=None, high=None):
     """A dataclass field with a default, a line of help and the least and largest value allowed."""
     metadata = {"help": text} | ({} if low is None else {"limits": (low, high)})
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def json_object(flag: str, text: str) -> dict:
+    """Read the JSON object that is a flag's value. Raises UserError."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {text:.80}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f'{flag} {text:.80}: not an object like {{"a": false}}')
+    return found
 
 
 def check_text(what: str, text: str) -> None:

@@ -213,12 +213,12 @@ def check_saving(model: nn.Module, tokenizer, prompt, output: Path) -> None:
         raise UserError(f"this model is not saved as it is: {', '.join(differ[:3])} differ")
 
 
-def save_model(model: nn.Module, tokenizer, prompt, output: Path, metrics: dict) -> None:
+def save_model(model: nn.Module, tokenizer, prompt, output: Path, card: str) -> None:
     """Replace output/saved_model atomically by a trained model."""
     tmp_dir = output / "saved_model.tmp"
     shutil.rmtree(tmp_dir, ignore_errors=True)
     try:
-        write_model(model, tokenizer, prompt, tmp_dir, model_card(metrics))
+        write_model(model, tokenizer, prompt, tmp_dir, card)
         replace_folder(tmp_dir, output / "saved_model")
     except (OSError, SafetensorError):
         shutil.rmtree(tmp_dir, ignore_errors=True)  # frees the space if the disk is full

@@ -1,13 +1,13 @@
 """The chat prompt that a question is put into, and grpo_prompt.json, which keeps it."""
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.cli import json_object
 from engine.files import UserError, read_json
 from engine.models import PROMPT_FILE, model_folder
 
@@ -44,17 +44,6 @@ class Prompt:
         return [{"role": role, "content": content} for role, content in pairs]
 
 
-def template_kwargs(text: str) -> dict:
-    """Read --chat_template_kwargs. Raises UserError."""
-    try:
-        kwargs = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--chat_template_kwargs {text:.80}: not valid JSON: {error}") from error
-    if not isinstance(kwargs, dict):
-        raise UserError(f'--chat_template_kwargs {text:.80}: not an object like {{"a": false}}')
-    return kwargs
-
-
 def make_prompt(config, examples: list[list[str]], rewards_sha256: str) -> Prompt:
     """The prompt of a run, from its Config. Raises UserError."""
     names = "problems", "min_operand", "max_operand", "rewards"
@@ -63,7 +52,7 @@ def make_prompt(config, examples: list[list[str]], rewards_sha256: str) -> Promp
         system=config.system_prompt,
         examples=examples,
         max_new_tokens=config.max_new_tokens,
-        chat_template_kwargs=template_kwargs(config.chat_template_kwargs),
+        chat_template_kwargs=json_object("--chat_template_kwargs", config.chat_template_kwargs),
         task={n: getattr(config, n) for n in names} | {"rewards_sha256": rewards_sha256},
         off_task=saved.off_task if saved else OFF_TASK,
     )

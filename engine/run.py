@@ -32,7 +32,14 @@ from engine.metrics import (
     reason_to_stop,
     summary,
 )
-from engine.models import check_saving, fingerprint, load_model, read_source, save_model
+from engine.models import (
+    check_saving,
+    fingerprint,
+    load_model,
+    model_card,
+    read_source,
+    save_model,
+)
 from engine.policy import Policy
 from engine.problems import RewardFile
 from engine.prompt import check_length, encode_prompts
@@ -405,8 +412,8 @@ class Run:
 
     def save_policy(self, policy: Policy) -> None:
         if self.writes:
-            tokenizer, prompt = self.task.tokenizer, self.task.prompt
-            save_model(policy.model, tokenizer, prompt, self.output, self.metrics)
+            task, card = self.task, model_card(self.metrics)
+            save_model(policy.model, task.tokenizer, task.prompt, self.output, card)
 
     def load_best(self) -> Policy:
         """The best policy by validation: the last one, the base model, or the one saved.

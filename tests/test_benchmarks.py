@@ -184,15 +184,17 @@ def test_trl_gets_the_same_prompts_in_the_same_order(trainer):
         for _ in range(config.num_inner_updates):
             rows = next(batches)
             assert trainer._tokenize_prompts([row["prompt"] for row in rows])[0] == expected
-            assert tuple(row["answer"] for row in rows) == answers
+            assert tuple(json.loads(row["answer"]) for row in rows) == answers
 
 
 def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
     (task, learner), config = start(ASKED), ASKED.config
     texts, answers = ["<answer>4</answer>", "<answer>3</answer>", "4", "<answer>"], [4, 4, 4, 4]
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    rewards = trainer.reward_funcs[0](completions=completions, answer=answers)
-    assert rewards == reward_function(texts, answers, task.rewards)[0].tolist()
+    ids = task.tokenizer(texts, add_special_tokens=False).input_ids
+    given = {"completion_ids": ids, "answer": list(map(json.dumps, answers))}
+    parts = torch.tensor([function(**given) for function in trainer.reward_funcs])
+    rewards, _ = reward_function(texts, answers, task.rewards)
+    torch.testing.assert_close(trainer.reward_weights @ parts, rewards)
 
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is type(learner.optimizer)

@@ -1,8 +1,10 @@
 """The files of examples/ hold what their page says, are hard to game, and can be trained on."""
 
+import importlib.util
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -10,6 +12,7 @@ from processes import finish, read_metrics
 
 from engine.files import COMPLETIONS_FILE, sha256
 from engine.problems import ProblemFile, RewardFile, read_problem
+from train_grpo import reward_function
 
 JUDGES = {
     name: RewardFile(f"examples/{name}.py") for name in ("reasoning", "spelling", "lax_judge")
@@ -139,6 +142,24 @@ def test_each_example_trains(name, flags, begins, tmp_path):
     assert {f"reward_{part}" for part in JUDGES[name].weights} <= metrics["iterations"][0].keys()
     group = json.loads((tmp_path / COMPLETIONS_FILE).read_text())
     assert group["question"].startswith(begins)
+
+
+@pytest.mark.parametrize("rewards", ["rewards.py", "examples/reasoning.py", "examples/spelling.py"])
+def test_verl_gets_the_same_rewards(rewards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("custom", ROOT / "examples/to_verl.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    answer, table = TABLES["spelling"] if "spelling" in rewards else TABLES["reasoning"]
+    expected, parts = reward_function(list(table), [answer] * len(table), RewardFile(rewards))
+    assert expected.max() == pytest.approx(1) and expected.min() == 0
+    named = {} if rewards == "rewards.py" else {"rewards": rewards}
+    with ThreadPoolExecutor(1) as thread:
+        for i, text in enumerate(table):
+            given = {"data_source": "mine", "solution_str": text, "ground_truth": str(answer)}
+            found = thread.submit(module.compute_score, **given, extra_info={}, **named).result()
+            assert found.pop("score") == pytest.approx(expected[i].item())
+            assert found == {f"reward_{n}": pytest.approx(p[i].item()) for n, p in parts.items()}
 
 
 def test_committed_runs_used_the_files_as_they_are():
