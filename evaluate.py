@@ -55,7 +55,7 @@ def evaluate_groups(policy: Policy, task: Task, split: str, count: int, samples:
     right, zero_std = [], []
     for i, problem in enumerate(problems):
         group = texts[i * samples : (i + 1) * samples]
-        rewards, parts = reward_function(group, [problem.answer] * samples, task.rewards)
+        rewards, parts = reward_function(group, [problem.answer] * samples, task.reward_file)
         right.append(int((parts["exact"] == 1).sum()))
         zero_std.append(bool((rewards == rewards[0]).all()))
     ks = [2**i for i in range((samples - 1).bit_length())] + [samples]
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     policy, task = load(config, [field for field, flag in PROMPT_FLAGS.items() if flag in flags])
     accuracies = evaluate(policy, task, "test", config.eval_problems, seed=0)["accuracies"]
     count = accuracies["greedy"]["problems"]
-    print(f"{count} test problems, scored by {task.rewards.path.name}")
+    print(f"{count} test problems, scored by {task.reward_file.path.name}")
     for kind, summary in accuracies.items():
         parts = ", ".join(f"{part} {mean:.2f}" for part, mean in summary["parts"].items())
         print(f"{describe({kind: summary})}; means: {parts}", flush=True)

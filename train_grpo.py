@@ -201,12 +201,12 @@ class Task:
 
     tokenizer: object
     problems: Arithmetic | ProblemFile
-    rewards: RewardFile
+    reward_file: RewardFile
     prompt: Prompt
 
 
 def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, Prompt]:
-    """Problems, rewards and prompt: all of a Task but the tokenizer. Raises UserError."""
+    """Problems, reward file and prompt: all of a Task but the tokenizer. Raises UserError."""
     low, high = config.min_operand, config.max_operand
     if not config.problems:
         problems = Arithmetic(low, high, config.show_steps)
@@ -216,10 +216,10 @@ def load_task(config: Config) -> tuple[Arithmetic | ProblemFile, RewardFile, Pro
         problems = ProblemFile(config.problems)
     else:
         raise UserError("--problems has no operands; leave out --min_operand and --max_operand")
-    rewards, examples = RewardFile(config.rewards), problems.examples(config.num_examples)
-    rewards.try_out(problems.examples(3), examples)
+    examples, reward_file = problems.examples(config.num_examples), RewardFile(config.rewards)
+    reward_file.try_out(problems.examples(3), examples)
     shown = [[p.question, p.completion] for p in examples]
-    return problems, rewards, make_prompt(config, shown, rewards.sha256)
+    return problems, reward_file, make_prompt(config, shown, reward_file.sha256)
 
 
 def rollout(
@@ -249,12 +249,13 @@ def rollout(
 
 
 def reward_function(
-    completions: list[str], answers: list[int | str], rewards: RewardFile
+    completions: list[str], answers: list[int | str], reward_file: RewardFile
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns rewards (N,), each the weighted sum of its parts, and the parts, (N,) each."""
-    scores = [rewards.score(*pair) for pair in zip(completions, answers, strict=True)]
-    parts = {name: torch.tensor([earned[name] for earned in scores]) for name in rewards.weights}
-    return sum(weight * parts[name] for name, weight in rewards.weights.items()), parts
+    scores = [reward_file.score(*pair) for pair in zip(completions, answers, strict=True)]
+    weights = reward_file.weights
+    parts = {name: torch.tensor([earned[name] for earned in scores]) for name in weights}
+    return sum(weight * parts[name] for name, weight in weights.items()), parts
 
 
 def group_advantages(rewards: Tensor, group: int, scale: str = "group") -> Tensor:
@@ -462,7 +463,7 @@ def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict,
     batch = rollout(learner.policy, task.tokenizer, prompts, group, length, rng)
     sampled = time.perf_counter()
     answers = [problem.answer for problem in problems for _ in range(group)]
-    rewards, parts = reward_function(batch.texts, answers, task.rewards)
+    rewards, parts = reward_function(batch.texts, answers, task.reward_file)
     advantages = group_advantages(rewards, group, config.scale_rewards)  # (B*G,)
     metrics = batch_metrics(batch, rewards, parts, advantages, group)
     metrics |= update_policy(learner, batch, advantages.to(device), config)
@@ -509,7 +510,7 @@ def evaluate(policy: Policy, task: Task, split: str, count: int, seed: int) -> d
     texts, scores = sum(distributed.all_gather(mine), []), {}
     for i, kind in enumerate(("sampled", "greedy")):
         pairs = zip(texts[i::2], problems, strict=True)
-        scores[kind] = [task.rewards.score(text, problem.answer) for text, problem in pairs]
+        scores[kind] = [task.reward_file.score(text, problem.answer) for text, problem in pairs]
     exact = scores["greedy"][0]["exact"] == 1
     example = {"question": problems[0].question, "completion": texts[1], "exact": exact}
     accuracies = {kind: accuracy_summary(scores[kind]) for kind in scores}
@@ -533,14 +534,14 @@ def evaluate_off_task(policy: Policy, reference: Policy, task: Task, seed: int) 
 def set_up(config: Config) -> tuple[Task, Learner]:
     """Load task and model, and check that the model can be trained. Raises UserError."""
     with distributed.sync_errors():
-        problems, rewards, prompt = load_task(config)
+        problems, reward_file, prompt = load_task(config)
         policy, tokenizer = load_policy(config, problems, prompt, config.num_generations)
     # Fused: the same arithmetic in one pass over the weights, several times faster on a CPU.
     adamw = AdamW(policy.parameters(), config.learning_rate, weight_decay=0, fused=True)
     rng = torch.Generator().manual_seed(distributed.rank_seed(config.seed))
     trained = distributed.wrap_ddp(policy)
     learner = Learner(policy, trained, frozen_copy(policy), adamw, random.Random(config.seed), rng)
-    return Task(tokenizer, problems, rewards, prompt), learner
+    return Task(tokenizer, problems, reward_file, prompt), learner
 
 
 def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> None:

@@ -130,7 +130,7 @@ def page() -> str:
     prompts = encode_prompts(task.tokenizer, [p.question for p in problems], task.prompt, "cpu")
     batch = rollout(learner.policy, task.tokenizer, prompts, group, length, learner.token_rng)
     answers = [p.answer for p in problems for _ in range(group)]
-    rewards, parts = reward_function(batch.texts, answers, task.rewards)
+    rewards, parts = reward_function(batch.texts, answers, task.reward_file)
     advantages = group_advantages(rewards, group)
 
     ref = logprobs_of(learner.reference, batch)
@@ -169,7 +169,7 @@ def page() -> str:
     ]
     outside = int(((ratio != clipped) & (batch.mask == 1)).sum())
     newline = "\n\n"
-    weights = " + ".join(f"{weight} {name}" for name, weight in task.rewards.weights.items())
+    weights = " + ".join(f"{weight} {name}" for name, weight in task.reward_file.weights.items())
     return f"""# One iteration, by hand
 
 `python docs/pages.py` writes this page. It runs one iteration of `train_grpo.py` on the bundled
@@ -209,7 +209,7 @@ Completions of one prompt share tokens. Each distinct prefix is one line here, a
 
 {
         table(
-            ["completion", "text", "truth", *task.rewards.weights, "reward"],
+            ["completion", "text", "truth", *task.reward_file.weights, "reward"],
             [
                 [
                     i + 1,

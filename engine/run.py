@@ -226,7 +226,7 @@ class Run:
             "base_model_crc32": fingerprint(policy.model),
             "model_source": read_source(self.config.model_name),
             "problems_sha256": self.config.problems and task.problems.sha256,
-            "rewards_sha256": task.rewards.sha256,
+            "rewards_sha256": task.reward_file.sha256,
         }
         mine = [environment[n] for n in ("policy", "problems_sha256", "rewards_sha256")]
         with distributed.sync_errors():
@@ -238,7 +238,7 @@ class Run:
         return {
             "config": asdict(self.config),
             "environment": environment,
-            "reward_weights": task.rewards.weights,
+            "reward_weights": task.reward_file.weights,
             "status": "running",
             "stop_reason": None,
             "seconds": 0.0,  # since the process started
@@ -347,7 +347,7 @@ class Run:
         asked = [problem.question for problem in self.fixed for _ in range(16)]
         texts = answer_questions(self.learner.policy, task.tokenizer, task.prompt, asked, rng)
         return [
-            fixed_record(problem, texts[16 * i : 16 * (i + 1)], task.rewards)
+            fixed_record(problem, texts[16 * i : 16 * (i + 1)], task.reward_file)
             for i, problem in enumerate(self.fixed)
         ]
 

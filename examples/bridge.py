@@ -143,7 +143,7 @@ def make_trainer(config, task, model: nn.Module, changes: dict, lora_rank: int =
 
         scale = {"r": lora_rank, "lora_alpha": 2 * lora_rank}
         adapter = LoraConfig(**scale, target_modules="all-linear", task_type="CAUSAL_LM")
-    weights = {"reward_weights": list(task.rewards.weights.values())}
+    weights = {"reward_weights": list(task.reward_file.weights.values())}
     count = config.batch_size * config.num_iterations
     rows = [
         # As JSON, because a column has one type, and answers are texts or integers of any size.
@@ -153,7 +153,7 @@ def make_trainer(config, task, model: nn.Module, changes: dict, lora_rank: int =
     return GRPOTrainer(
         model=model,
         reward_funcs=reward_functions(
-            task.rewards, task.tokenizer, eos_token_ids(model, task.tokenizer)
+            task.reward_file, task.tokenizer, eos_token_ids(model, task.tokenizer)
         ),
         args=trl_config(config, weights | changes),
         train_dataset=Dataset.from_list(rows),

@@ -193,7 +193,7 @@ def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
     ids = task.tokenizer(texts, add_special_tokens=False).input_ids
     given = {"completion_ids": ids, "answer": list(map(json.dumps, answers))}
     parts = torch.tensor([function(**given) for function in trainer.reward_funcs])
-    rewards, _ = reward_function(texts, answers, task.rewards)
+    rewards, _ = reward_function(texts, answers, task.reward_file)
     torch.testing.assert_close(trainer.reward_weights @ parts, rewards)
 
     optimizer = trainer.create_optimizer()

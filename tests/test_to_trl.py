@@ -162,7 +162,7 @@ def test_the_loss_of_a_batch_is_ours(loss_type, beta, scale, tmp_path):
         task.tokenizer, [row[keep].tolist() for row, keep in zip(ids, visible, strict=True)]
     )
     answers = [json.loads(row["answer"]) for row in rows]
-    rewards, parts = reward_function(texts, answers, task.rewards)
+    rewards, parts = reward_function(texts, answers, task.reward_file)
     advantages = group_advantages(rewards, config.num_generations, scale)
     assert advantages.abs().max() > 0.1
     nothing = torch.zeros(len(ids))
@@ -213,8 +213,8 @@ def test_one_process_trains_measures_and_saves_what_inference_asks(tmp_path):
     steps = [line for line in metrics["log"] if "reward" in line]
     assert [line["step"] for line in steps] == [1, 3]  # the others repeat a batch
     for line in steps:
-        parts = {part: line[f"rewards/{part}/mean"] for part in task.rewards.weights}
-        total = sum(weight * parts[part] for part, weight in task.rewards.weights.items())
+        parts = {part: line[f"rewards/{part}/mean"] for part in task.reward_file.weights}
+        total = sum(weight * parts[part] for part, weight in task.reward_file.weights.items())
         assert line["reward"] == pytest.approx(total, abs=1e-5)
     assert len(changed(tmp_path)) > 10
     assert read_prompt(str(tmp_path / "run/saved_model")) == task.prompt
