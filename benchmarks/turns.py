@@ -11,11 +11,11 @@ from typing import NamedTuple
 import transformers
 
 from benchmarks.common import CPU, Work, memory, never_end, start
-from engine import bridge
 from engine.files import UserError
 from engine.metrics import describe
 from engine.models import load_model
 from engine.policy import Policy
+from examples import bridge
 from train_grpo import Config, Task, evaluate, load_task, train_iteration
 
 

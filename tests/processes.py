@@ -21,7 +21,7 @@ from train_grpo import main
 FLAGS = (
     *("--preset", "tiny", "--batch_size", "2", "--num_generations", "4", "--max_new_tokens", "8"),
     *("--num_inner_updates", "2", "--learning_rate", "1e-4", "--eval_problems", "8"),
-    *("--eval_every", "4", "--checkpoint_every", "2"),
+    *("--eval_every", "4", "--checkpoint_every", "2", "--lr_schedule", "constant"),
 )
 
 

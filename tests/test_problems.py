@@ -146,7 +146,7 @@ TWO = "WEIGHTS = {'style': 0, 'exact': 1}\ndef score(completion, answer): return
         ("WEIGHTS = {'right': 1}", "exact among them"),
         ("WEIGHTS = {'exact': float('nan')}", "it is {'exact': nan}"),
         ("WEIGHTS = {'exact': 1, 'a b': 1}", "must map names"),
-        ("WEIGHTS = {'exact': 1, 'tokens': 1}", "not advantage, text, tokens,"),
+        ("WEIGHTS = {'exact': 1, 'tokens': 1}", "not advantage, ref_logprobs,"),
         ("WEIGHTS = {'exact': 1}", "no function score(completion, answer)"),
         (TWO + "1", "must return 2 numbers, for style, exact, not 1"),
         (TWO + "(1,)", "must return 2 numbers, for style, exact, not (1,)"),

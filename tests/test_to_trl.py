@@ -14,12 +14,11 @@ from conftest import ROOT, TINY, run_script
 from processes import torchrun
 from safetensors.torch import load_file
 
-from engine import bridge
 from engine.files import UserError, exit_code
 from engine.models import eos_token_ids, load_model
 from engine.policy import Policy, Rollout
 from engine.prompt import decode, read_prompt
-from examples import to_trl
+from examples import bridge, to_trl
 from train_grpo import (
     Config,
     Task,
@@ -96,7 +95,7 @@ def test_presets_are_taken_along_and_what_they_set_is_not_refused():
     found = bridge.trl_config(settings, {})
     assert found.max_steps == settings.num_iterations * settings.num_inner_updates
     assert found.lr_scheduler_type == settings.lr_schedule == "linear"
-    assert found.beta == 0 and found.bf16 and found.epsilon_high is None
+    assert found.beta == 0 and found.bf16 and found.epsilon_high == 0.2
     assert found.per_device_train_batch_size == settings.batch_size * settings.num_generations
 
 
