@@ -158,7 +158,8 @@ class TreePolicy(Policy):
         for part in parts:
             rows = torch.tensor(sorted(part), device=rollout.mask.device)
             chunk = rollout[rows]
-            micro_batches.append((rows, TreeRollout(**vars(chunk), tree=RolloutTree(chunk))))
+            its_tree = tree if chunk.mask.shape == rollout.mask.shape else RolloutTree(chunk)
+            micro_batches.append((rows, TreeRollout(**vars(chunk), tree=its_tree)))
         return micro_batches
 
     def sample(

@@ -31,7 +31,8 @@ MUTATED = ["rewards.*", "engine.policy.*", "engine.tree.xǁ*", "engine.tree.x_le
 MUTATED += ["engine.tree.x_choose_policy*", "engine.tree.x_find_mismatch*"]
 MUTATED += ["train_grpo.x_rollout*", "train_grpo.x_reward_function*", "train_grpo.x_kl_term*"]
 MUTATED += ["train_grpo.x_group_advantages*", "train_grpo.x_completion_mean*"]
-MUTATED += ["train_grpo.x_loss_length*", "train_grpo.x_grpo_loss*", "train_grpo.x_update_policy*"]
+MUTATED += ["train_grpo.x_loss_mask*", "train_grpo.x_measure_kl*", "train_grpo.x_loss_length*"]
+MUTATED += ["train_grpo.x_grpo_loss*", "train_grpo.x_update_policy*"]
 SURVIVED = (0, 5, 33)  # exit codes: all tests passed, none was selected, none calls the function
 
 Change = tuple[str, str, str]  # function, old code, new code

@@ -345,7 +345,7 @@ def test_a_tree_is_built_once_for_all_passes(monkeypatch):
     real = RolloutTree.__init__
     monkeypatch.setattr(RolloutTree, "__init__", lambda s, r: built.append(1) or real(s, r))
     update(policy, copy.deepcopy(policy), Recorder(policy), batch, torch.ones(24), Config())
-    assert len(built) == 2  # of the batch, to cut it, and of its one part
+    assert len(built) == 1
 
 
 def test_repeating_an_update_with_40000_lookups_gives_equal_bits():
