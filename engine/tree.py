@@ -135,6 +135,7 @@ class TreePolicy(Policy):
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         self.max_nodes = MAX_NODES.get(model.device.type, MAX_NODES_ELSEWHERE)
+        self.max_sampled = MAX_SAMPLED.get(model.device.type, MAX_SAMPLED_ELSEWHERE)
         self.max_share = MAX_SHARE
 
     def eager_attention(self) -> bool:
@@ -173,8 +174,7 @@ class TreePolicy(Policy):
         greedy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in `Policy`, one part of the batch after another."""
-        most, parts = MAX_SAMPLED.get(prompt_ids.device.type, MAX_SAMPLED_ELSEWHERE), []
-        size = max(1, most // max_new_tokens)
+        size, parts = max(1, self.max_sampled // max_new_tokens), []
         for start in range(0, len(prompt_ids), size):
             rows = slice(start, start + size)
             sampling = max_new_tokens, eos_ids, generator, temperature

@@ -209,8 +209,22 @@ def test_sampling_uses_the_cache_whatever_the_config_says(kind):
     torch.testing.assert_close(batch.sampled_logprobs, expected, rtol=0, atol=1e-5)
 
 
-def test_the_temperature_is_1_unless_given():
-    policy, prompts = Policy(small_model("llama")), left_padded(PROMPTS)
+@BOTH
+def test_greedy_rows_are_those_of_a_greedy_rollout(kind):
+    policy, prompts = kind(small_model("llama", eos_ids=list(range(2, 12)))), left_padded(PROMPTS)
+    greedy = torch.tensor([True, False, False] * len(PROMPTS))
+    if kind is TreePolicy:
+        policy.max_sampled = 4 * 6  # in parts
+    mixed = rollout(policy, Numbers(), prompts, 3, 6, seeded(1), 0.7, greedy)
+    sampled = rollout(policy, Numbers(), prompts, 3, 6, seeded(1), 0.7)
+    likeliest = rollout(policy, Numbers(), prompts, 3, 6, temperature=0.0)
+    assert mixed.texts[::3] == likeliest.texts[::3] != sampled.texts[::3]
+    assert mixed.texts[1] == sampled.texts[1] != likeliest.texts[1]
+
+
+@BOTH
+def test_the_temperature_is_1_unless_given(kind):
+    policy, prompts = kind(small_model("llama")), left_padded(PROMPTS)
     expected = rollout(policy, Numbers(), prompts, 1, 6, seeded(1), 1.0).completion_ids
     found = rollout(policy, Numbers(), prompts, 1, 6, seeded(1)).completion_ids
     assert torch.equal(found, expected)

@@ -33,6 +33,8 @@ from engine.policy import Policy, Rollout
 from engine.tree import (
     MAX_NODES,
     MAX_NODES_ELSEWHERE,
+    MAX_SAMPLED,
+    MAX_SAMPLED_ELSEWHERE,
     PrefixTree,
     RolloutTree,
     TreePolicy,
@@ -290,9 +292,9 @@ def test_a_completion_over_the_bound_stands_alone():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_a_batch_sampled_in_parts_is_what_the_parts_are(monkeypatch, temperature):
+def test_a_batch_sampled_in_parts_is_what_the_parts_are(temperature):
     policy = TreePolicy(small_model("llama", eos_ids=list(range(2, 12))))
-    monkeypatch.setattr("engine.tree.MAX_SAMPLED", {"cpu": 10 * 9})
+    policy.max_sampled = 10 * 9
     batch = rollout(policy, Numbers(), left_padded(PROMPTS), 6, 9, seeded(5), temperature)
     ids, mask = (x.repeat_interleave(6, dim=0) for x in left_padded(PROMPTS))
     ends, generator, widths = torch.arange(2, 12), seeded(5), []
@@ -305,6 +307,14 @@ def test_a_batch_sampled_in_parts_is_what_the_parts_are(monkeypatch, temperature
         assert torch.equal(batch.sampled_logprobs[part, :width], logprobs)
         assert not batch.mask[part, width:].any()
     assert batch.mask.shape[1] == max(widths)
+
+
+def test_a_part_holds_one_completion_at_least():
+    policy = TreePolicy(small_model("llama"))
+    policy.max_sampled = 1
+    reads = read_tokens(policy.model)
+    rollout(policy, Numbers(), left_padded(PROMPTS[:1]), 3, 1, seeded(0))
+    assert [len(some) for some in reads] == [len(PROMPTS[0])] * 3
 
 
 @pytest.mark.parametrize(("size", "max_nodes"), [(0, 12), (5, 1000), (1, 1000)])
@@ -498,10 +508,11 @@ def test_tensors_are_made_on_the_device_of_the_model(kind):
 
 def test_on_a_cpu_trees_are_small_and_attention_is_eager():
     policy = TreePolicy(small_model("llama"))
-    assert policy.max_nodes == MAX_NODES["cpu"]
+    assert policy.max_nodes == MAX_NODES["cpu"] and policy.max_sampled == MAX_SAMPLED["cpu"]
     assert policy.model.config._attn_implementation == "eager"
     policy = TreePolicy(small_model("llama").to("meta"))
     assert policy.max_nodes == MAX_NODES_ELSEWHERE == 2048 > MAX_NODES["cpu"]
+    assert policy.max_sampled == MAX_SAMPLED_ELSEWHERE == 32768 > MAX_SAMPLED["cpu"]
     assert policy.model.config._attn_implementation == "sdpa"
 
 

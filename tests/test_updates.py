@@ -326,9 +326,22 @@ def test_at_beta_zero_only_completions_with_an_advantage_are_read(
 
 
 @BOTH
+def test_at_beta_zero_no_pass_reads_what_the_loss_leaves_out(kind):
+    policy, seen = kind(small_model("llama")), []
+    reference = nearby(policy)
+    policy.register_forward_pre_hook(lambda policy, inputs: seen.append(len(inputs[0])))
+    batch = replace(make_batch(), truncated=torch.arange(8) == 4)
+    config = Config(num_inner_updates=1, beta=0, mask_truncated=True)
+    update(policy, reference, Recorder(policy), batch, FEW, config)
+    assert sum(seen) == 2
+
+
+@BOTH
 def test_at_beta_zero_kl_is_read_on_the_first_group_as_sampled(kind):
     policy, batch = kind(small_model("llama")), make_batch()
-    reference, config = nearby(policy), Config(beta=0, num_generations=4)
+    reference, sizes = nearby(policy), []
+    reference.register_forward_pre_hook(lambda policy, inputs: sizes.append(len(inputs[0])))
+    config = Config(beta=0, num_generations=4, micro_batch_size=1)
     recorded = batch.mask * -torch.rand(batch.mask.shape, generator=torch.manual_seed(0))
     batch = replace(batch, sampled_logprobs=recorded)
     metrics = update(policy, reference, Recorder(policy), batch, ADVANTAGES, config)
@@ -339,7 +352,7 @@ def test_at_beta_zero_kl_is_read_on_the_first_group_as_sampled(kind):
         means["kl_penalty"].append(((-d).exp() + d - 1).mean().item())
     for name, values in means.items():
         assert metrics[name] == pytest.approx(fmean(values), rel=1e-4)
-    assert metrics["kl_tokens"] == sum(LENGTHS[:4])
+    assert metrics["kl_tokens"] == sum(LENGTHS[:4]) and sizes == [1] * 4
 
 
 @BOTH
