@@ -70,6 +70,13 @@ def text(browser, selector: str) -> str:
     return browser.find_element(By.CSS_SELECTOR, selector).text
 
 
+def choose_view(browser, view: str) -> None:
+    """Show the group as list or tree. Scrolls, so that nothing covers the choice."""
+    choice = browser.find_element(By.CSS_SELECTOR, f"[value={view}]")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", choice)
+    choice.click()
+
+
 def assert_silent(browser) -> None:
     """Nothing in the console, and nothing was asked for but the file itself."""
     assert browser.get_log("browser") == []
@@ -144,7 +151,7 @@ def test_the_tree_has_branches_as_wide_as_their_share(page, run):
     rows = [row["token_texts"] for row in logged(run)[0]["completions"]]
     tree, box = page.find_element(By.ID, "tree"), page.find_element(By.ID, "list")
     assert not tree.is_displayed() and box.is_displayed()
-    page.find_element(By.CSS_SELECTOR, "[value=tree]").click()
+    choose_view(page, "tree")
     assert tree.is_displayed() and not box.is_displayed()
     unit = float(tree.find_element(By.TAG_NAME, "svg").get_attribute("height")) - 2
     heights = {}
@@ -180,7 +187,7 @@ def test_a_curve_reads_the_iteration_under_the_pointer(page, run):
 def test_text_contrasts_with_what_is_behind_it(page, scheme):
     feature = {"name": "prefers-color-scheme", "value": scheme}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    mixes = [f"color-mix(in srgb, var(--{end}) 50%, var(--line))" for end in ("good", "bad")]
+    mixes = [f"color-mix(in srgb, var(--{end}) 45%, var(--line))" for end in ("good", "bad")]
     pairs = [("ink", f"var(--{name})") for name in ("page", "panel", "unlikely")]
     pairs += [("soft", "var(--page)"), ("soft", "var(--panel)"), *(("ink", mix) for mix in mixes)]
     paint = """const probe = document.body.appendChild(document.createElement("i"));
@@ -207,7 +214,7 @@ def test_text_contrasts_with_what_is_behind_it(page, scheme):
 @pytest.mark.parametrize("view", ["list", "tree"])
 def test_nothing_scrolls_sideways_at_400_pixels(page, view):
     screenshot.set_size(page, 400)
-    page.find_element(By.CSS_SELECTOR, f"[value={view}]").click()
+    choose_view(page, view)
     width = page.execute_script("return document.documentElement.scrollWidth")
     assert width <= 400
 
@@ -229,8 +236,8 @@ def test_what_a_model_says_is_shown_and_never_run(browser, run, tmp_path):
     (tmp_path / METRICS_FILE).write_text(json.dumps(metrics))
     assert main([str(tmp_path / METRICS_FILE)]) == 0
     open_page(browser, tmp_path)
-    browser.find_element(By.CSS_SELECTOR, "[value=tree]").click()
-    browser.find_element(By.CSS_SELECTOR, "[value=list]").click()
+    for view in ("tree", "list"):
+        choose_view(browser, view)
     ActionChains(browser).move_to_element(browser.find_element(By.CLASS_NAME, "token")).perform()
     for selector in ("#question", "#answer", "#list", "#fixed h3", "#fixed ul", "#examples"):
         assert HOSTILE in text(browser, selector), selector
