@@ -33,6 +33,7 @@ before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL
     corrects by the ratio of the completion, not of the token.
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -79,6 +80,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # accelerate may load weights on rank 0 only, but each process evaluates the whole model.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     with distributed.process_group(), ExitStack() as stack:
         settings = distributed.broadcast_object(parse_settings, argv)
         output, evaluations = Path(settings.output_dir), []
