@@ -36,7 +36,7 @@ def set_size(browser, width: int, height: int = 900, scale: float = 1) -> None:
 def main(folder: Path) -> None:
     shutil.copy(folder / REPORT, DOCS / "report.html")
     browser = start_browser()
-    set_size(browser, 1100, 900)
+    set_size(browser, 1100, 680)
     browser.get((DOCS / "report.html").as_uri())
     # The third logged group, with the focus on the token that makes its worst completion wrong.
     browser.execute_script(
