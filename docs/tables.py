@@ -12,7 +12,7 @@ from figures import RESULTS, accuracy_of, committed, lesson_run, part_of, short
 from one_iteration import table
 from safetensors.numpy import load_file
 
-from benchmarks import ablation, vs_trl
+from benchmarks import ablation
 from engine.files import COMPLETIONS_FILE, ROOT
 from engine.metrics import best_iteration, validations
 from engine.presets import PRESETS
@@ -182,19 +182,6 @@ def trl() -> str:
         cells += [f"{found[loop]['peak_memory_mib']:,.0f} MiB" for loop in ("ours", "trl")]
         rows.append(cells)
     return table(header, rows)
-
-
-def growth() -> str:
-    """A row per point: seconds and memory of the tree, the plain policy and TRL."""
-    found, rows = benchmark("vs_trl_growth"), []
-    for name in vs_trl.GROWTH:
-        for point in found[name]:
-            loops = [point[loop] for loop in vs_trl.POLICIES]
-            cells = [f"{loop['seconds']:.3g} s" for loop in loops]
-            cells += [f"{loop['peak_memory_mib']:,.0f} MiB" for loop in loops]
-            rows.append([f"`{name}` {point[name]}", *cells])
-    header = [f"{policy}{what}" for what in ("", ", memory") for policy in vs_trl.POLICIES.values()]
-    return table(["", *header], rows)
 
 
 def trl_accuracy() -> str:
@@ -432,7 +419,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "ablation_means": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[0]),
     "ablation_differences": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[1]),
     "trl": trl,
-    "growth": growth,
     "trl_accuracy": trl_accuracy,
     "roofline": roofline,
     "scaling": scaling,
