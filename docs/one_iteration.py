@@ -174,7 +174,8 @@ def page() -> str:
 
 `python docs/pages.py` writes this page. It runs one iteration of `train_grpo.py` on the bundled
 model, with {len(problems)} problems, {group} completions of each, and two updates. Every
-number comes from the trainer's own functions. The learning rate is the preset's,
+number comes from the trainer's own functions. [The page of a whole run](report.html) shows the
+same numbers for each logged group. The learning rate is the preset's,
 {CONFIG.learning_rate:g}; in a batch this small, one update moves some ratios beyond the clipping
 range.
 

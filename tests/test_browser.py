@@ -20,10 +20,13 @@ from engine.problems import LOGPROBS
 from engine.report import REPORT_FILE
 from plot_metrics import main
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs a browser: apt-get install chromium chromium-driver",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("chromium") and shutil.which("chromedriver")),
+        reason="needs a browser: apt-get install chromium chromium-driver",
+    ),
+]
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">"
 
 

@@ -65,7 +65,7 @@ def make_trainer(config: Config, folder, **changes):
         ("--preset tiny --device cuda:1", "--device cuda:1: choose it with CUDA_VISIBLE_DEVICES"),
         ("--preset tiny --lora_rank -1", "--lora_rank -1: must be at least 0"),
         ("--preset tiny --trl [] --eval_problems 1", "--trl []: not an object"),
-        ("--preset tiny --trl {} --micro_batch_size 7", "name a divisor of 512"),
+        ("--preset tiny --trl {} --micro_batch_size 7", "name a divisor of 1024"),
         (
             '--preset tiny --trl {"beta":1,"gamma":2}',
             "--trl: GRPOConfig.__init__() got an unexpected",
