@@ -22,6 +22,7 @@ from engine.presets import PRESETS
 pytestmark = pytest.mark.slow
 RUNS = [(policy, dtype) for policy in ("plain", "tree") for dtype in ("float32", "bfloat16")]
 SMALL = {"batch_size": 2, "num_generations": 3, "max_new_tokens": 4, "learning_rate": 1e-4}
+SMALL |= {"lr_schedule": "constant"}  # a falling rate may not go on for longer
 FEW = ["--preset=tiny", "--eval_problems=3", "--eval_every=0", "--micro_batch_size=4"]
 
 
