@@ -42,6 +42,12 @@ def test_generating_a_page_again_changes_nothing(page):
     assert pages.rewrite(read(page)) == read(page)
 
 
+@pytest.mark.parametrize("report", pages.REPORTS, ids=lambda path: path.name)
+def test_a_committed_report_has_the_page_of_today(report):
+    text = report.read_text(encoding="utf-8")
+    assert pages.renew_report(text) == text and len(pages.DATA.search(text)[0]) > 10_000
+
+
 def test_every_marker_is_closed_and_every_generated_part_is_shown():
     text = "\n".join(map(read, PAGES))
     found = pages.MARKED.findall(text)
