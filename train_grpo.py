@@ -42,7 +42,7 @@ from engine.policy import Policy, Rollout, frozen_copy
 from engine.presets import PRESETS, choose_preset
 from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
 from engine.prompt import Prompt, check_length, decode, encode_prompts, make_prompt
-from engine.run import Run, nothing_to_resume
+from engine.run import Run, evaluation_seed, nothing_to_resume
 from engine.tree import load_policy
 from rewards import score
 
@@ -563,7 +563,7 @@ def train(config: Config) -> int:
     with Run(config, task, learner) as run:
 
         def measure(split: str, policy: Policy, iteration: int) -> None:
-            started, seed = time.perf_counter(), 1_000_003 * (config.seed + 1) + iteration
+            started, seed = time.perf_counter(), evaluation_seed(config, iteration)
             results = evaluate(policy, task, split, config.eval_problems, seed)
             results["off_task"] = evaluate_off_task(policy, learner.reference, task, seed)
             results["seconds"] = time.perf_counter() - started

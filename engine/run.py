@@ -56,6 +56,11 @@ FREE |= {"problems", "rewards"}  # their hashes are compared
 FAULTS = {RewardFile.score: "rewards", encode_prompts: "problems", check_length: "problems"}
 
 
+def evaluation_seed(config, iteration: int) -> int:
+    """The seed of what is asked after an iteration beside training: another one each time."""
+    return 1_000_003 * (config.seed + 1) + iteration
+
+
 def finished_run(output: Path) -> dict | None:
     """The metrics of the run in `output`, if it has finished."""
     try:
@@ -342,7 +347,7 @@ class Run:
         """
         if not self.logs_group(self.iteration + 1):
             return []
-        seed = 1_000_003 * (self.config.seed + 1) + self.iteration
+        seed = evaluation_seed(self.config, self.iteration)
         rng, task = torch.Generator().manual_seed(seed), self.task
         asked = [problem.question for problem in self.fixed for _ in range(16)]
         texts = answer_questions(self.learner.policy, task.tokenizer, task.prompt, asked, rng)

@@ -49,6 +49,7 @@ from engine.machine import describe_environment
 from engine.metrics import describe
 from engine.models import load_model, save_model
 from engine.presets import PRESETS
+from engine.run import evaluation_seed
 from engine.tree import load_policy
 from examples.bridge import check_counterparts, make_trainer, take_weights
 from train_grpo import Config, Task, evaluate, load_task, parse_config
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer = make_trainer(settings, task, model, changes, settings.lora_rank)
 
         def measure(iteration: int) -> None:
-            seed = 1_000_003 * (settings.seed + 1) + iteration  # that of train_grpo.py
+            seed = evaluation_seed(settings, iteration)
             found = evaluate(policy, task, "test", settings.eval_problems, seed)
             evaluations.append({"split": "test", "iteration": iteration, **found})
             print(f"test, iteration {iteration}: {describe(found['accuracies'])}", flush=True)
