@@ -5,9 +5,8 @@
     torchrun --standalone --nproc_per_node=8 examples/to_trl.py --trl '{"fsdp": true}'
     accelerate launch --config_file my.yaml examples/to_trl.py --problems my.jsonl --rewards my.py
 
-It takes the flags of train_grpo.py, and with them problems, split, prompt, rewards and recipe. Any
-field of GRPOConfig can be set by --trl. The `evaluate` of train_grpo.py measures held-out accuracy
-before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL's own trl_run/.
+It takes the flags of train_grpo.py (problems, split, prompt, rewards, recipe); --trl sets any field
+of GRPOConfig. Our `evaluate` measures before and after. Writes saved_model/ and trl_metrics.json.
 
 | ours | TRL's | what differs |
 |---|---|---|
@@ -29,8 +28,7 @@ before and after. Results: saved_model/ (adapters merged), trl_metrics.json, TRL
 
 (1) TRL counts completions of a process, and its micro-batches must all have one size.
 (2) The advantages of a group of equal rewards are 0 up to rounding, not exactly.
-(3) exp(d) can overflow: there is no tangent beyond d = 20. With importance_level sequence TRL
-    corrects by the ratio of the completion, not of the token.
+(3) exp(d) can overflow; with importance_level sequence, KL is corrected by the sequence's ratio.
 """
 
 import os
