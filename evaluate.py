@@ -22,7 +22,7 @@ from engine.files import ScriptParser, UserError, exit_code
 from engine.metrics import describe
 from engine.policy import Policy
 from engine.prompt import read_prompt
-from engine.tree import load_policy
+from engine.startup import load_policy
 from inference import choose_model, config_of, why_not_run
 from train_grpo import Config, Task, answer_questions, evaluate, load_task, reward_function
 

@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -34,16 +33,18 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from engine import distributed
-from engine.cli import Parser, check_settings, setting
-from engine.files import METRICS_FILE, UserError, exit_code
+from engine.cli import setting
+from engine.files import UserError, exit_code
 from engine.metrics import Group, accuracy_summary, batch_metrics
 from engine.models import eos_token_ids
 from engine.policy import Policy, Rollout, frozen_copy
-from engine.presets import PRESETS, choose_preset
+from engine.presets import parse_config
 from engine.problems import SPLITS, Problem, ProblemFile, RewardFile, split_of
 from engine.prompt import Prompt, check_length, decode, encode_prompts, make_prompt
-from engine.run import Run, evaluation_seed, nothing_to_resume
-from engine.tree import load_policy
+from engine.resume import nothing_to_resume
+from engine.run import Run, evaluation_seed
+from engine.startup import load_policy
+from plot_metrics import draw
 from rewards import score
 
 
@@ -106,24 +107,6 @@ class Config:
     )
     patience: int = setting(0, "stop after this many validations without a clear gain; 0: never", 0)
     max_kl: float = setting(0, "stop when mean kl of 50 iterations exceeds it; 0: never", 0)
-
-
-def parse_config(argv: list[str] | None, settings: type[Config] = Config) -> Config:
-    """Read the command line: flags override the preset, the preset overrides the defaults."""
-    parser = Parser(settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    preset, reason = parser.parse_args(argv).preset, "named on the command line"
-    if preset == "auto":
-        preset, reason = choose_preset(Config.model_name)
-    parser.set_defaults(**PRESETS[preset])
-    config = settings(**{**vars(parser.parse_args(argv)), "preset": preset})
-    check_settings(config)
-    batch, group, processes = config.batch_size, config.num_generations, distributed.world_size()
-    if batch * group > 65536:
-        raise UserError(f"--batch_size {batch} x --num_generations {group}: at most 65536 together")
-    if batch % processes:
-        raise UserError(f"--batch_size {batch}: must be a multiple of {processes} (processes)")
-    print(f"preset {preset}: {reason}")
-    return config
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -551,12 +534,6 @@ def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> N
         parameters["lr"] = config.learning_rate * (1 - decay)
 
 
-def draw_plots(output: Path) -> None:
-    from plot_metrics import draw  # late: asking a model needs no matplotlib
-
-    draw([output / METRICS_FILE], output)
-
-
 def train(config: Config) -> int:
     """Train, or resume a run; its files go to config.output_dir. Returns the exit code."""
     task, learner = set_up(config)
@@ -585,12 +562,12 @@ def train(config: Config) -> int:
         best = run.load_best()
         if run.finished:
             measure("test", best, run.metrics["best_iteration"])
-        return run.finish(best, draw_plots)
+        return run.finish(best, draw)
 
 
 def main(argv: list[str] | None = None) -> int:
     with distributed.process_group():
-        config = distributed.broadcast_object(parse_config, argv)
+        config = distributed.broadcast_object(parse_config, Config, argv)
         if config.resume and distributed.broadcast_object(nothing_to_resume, asdict(config)):
             return 0
         return train(config)

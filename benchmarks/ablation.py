@@ -3,11 +3,14 @@
     python benchmarks/ablation.py                       # losses and KL terms
     python benchmarks/ablation.py --study off_policy    # the same with four updates on each batch
     python benchmarks/ablation.py --study groups        # G = 2, 8 and 32, 512 completions per batch
+    python benchmarks/ablation.py --study group_rates --first_seed 100 --seeds 2    # their rates
     python benchmarks/ablation.py --vary learning_rate=1e-5,2e-5 --seeds 5    # any setting
 
-All variants train with the same seeds, so they draw the same problems. Prints two tables: the mean
-over the seeds, and the difference from the first variant, paired by seed. Both give 95% t intervals
-of the mean. A difference whose interval includes 0 may be noise.
+A run takes half the preset's problems per batch and 100 iterations, so that it ends before the task
+is learned and variants can differ. All variants train with the same seeds, so they draw the same
+problems. Prints two tables: the mean over the seeds, and the difference from the first variant,
+paired by seed. Both give 95% t intervals of the mean. A difference whose interval includes 0 may be
+noise.
 
 Each run is a separate process with one thread; `--jobs 2` keeps two cores busy. Writes
 ablation.json and ablation.png here (ablation_off_policy, ablation_learning_rate, ...), or to
@@ -32,9 +35,9 @@ from benchmarks.common import HERE, read_settings, write_result
 from engine.cli import setting
 from engine.files import METRICS_FILE, UserError, exit_code, read_json
 from engine.metrics import validations
-from engine.presets import PRESETS
+from engine.presets import PRESETS, parse_config
 from plot_metrics import COLOURS, save_figure
-from train_grpo import Config, parse_config
+from train_grpo import Config
 
 LOSSES = {
     "GRPO": ["--loss_type=grpo"],
@@ -48,14 +51,31 @@ LOSSES = {
     "k3_inverse": ["--kl_estimator=k3_inverse"],
     "corrected KL": ["--kl_correction=True"],
 }
+GROUPS = {size: [f"--num_generations={size}", f"--batch_size={512 // size}"] for size in (2, 8, 32)}
+# The best of `group_rates` on other seeds, and the iterations that take as long as 100 of G = 32.
+RATES = {2: "1e-4", 8: "1e-4", 32: "1e-4"}
+EQUAL_SECONDS = {2: 50, 8: 75}
 STUDIES = {
     "losses": LOSSES,
     "off_policy": {name: [*flags, "--num_inner_updates=4"] for name, flags in LOSSES.items()},
     "groups": {
-        f"G = {size}": [f"--num_generations={size}", f"--batch_size={512 // size}"]
-        for size in (2, 8, 32)
+        **{f"G = {size}": [*GROUPS[size], f"--learning_rate={RATES[size]}"] for size in GROUPS},
+        **{
+            f"G = {size}, {count} iterations": [
+                *GROUPS[size],
+                f"--learning_rate={RATES[size]}",
+                f"--num_iterations={count}",
+            ]
+            for size, count in EQUAL_SECONDS.items()
+        },
+    },
+    "group_rates": {
+        f"G = {size}, {rate}": [*flags, f"--learning_rate={rate}"]
+        for size, flags in GROUPS.items()
+        for rate in ("5e-5", "1e-4", "2e-4")
     },
 }
+BASE = ["--preset=tiny", "--batch_size=16"]
 NOT_VARIED = {"preset", "output_dir", "resume", "seed"}  # the script sets these itself
 GOAL = 0.9  # greedy validation accuracy
 LAST = 50  # iterations whose median kl is recorded
@@ -75,20 +95,22 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "iterations": Measure(f"iterations to {GOAL:.0%}", 1, 0),
-    "seconds": Measure(f"seconds to {GOAL:.0%}", 1, 1),
     "sampled": Measure("sampled, test (%)", 100, 1),
     "greedy": Measure("greedy, test (%)", 100, 1),
     "kl": Measure(f"kl, last {LAST}", 1, 3),
+    "seconds": Measure("seconds of training", 1, 1),
 }
 
 
 @dataclass
 class Settings:
-    study: Literal["losses", "off_policy", "groups"] = setting("losses", "what is compared")
+    study: Literal["losses", "off_policy", "groups", "group_rates"] = setting(
+        "losses", "what is compared"
+    )
     vary: str = setting("", "setting=value,value,... to compare instead")
     seeds: int = setting(5, "runs of each variant", 1, len(T) + 1)
     first_seed: int = setting(0, "of the runs; tune on other seeds than those you report", 0)
-    iterations: int = setting(200, "of each run", 1)
+    iterations: int = setting(100, "of each run", 1)
     eval_every: int = setting(10, "iterations between validations", 1)
     eval_problems: int = setting(512, "problems of a validation and of the test", 1)
     jobs: int = setting(1, "runs at a time", 1)
@@ -105,26 +127,26 @@ def read_vary(text: str) -> tuple[str, dict[str, list[str]]]:
     variants = {f"{name}={value}": [f"--{name}={value}"] for value in values.split(",")}
     for flags in variants.values():
         with redirect_stdout(None):
-            parse_config(["--preset=tiny", *flags])  # a bad value is an error before the first run
+            parse_config(
+                Config, ["--preset=tiny", *flags]
+            )  # a bad value is an error before the first run
     return name, variants
 
 
-def time_to_goal(metrics: dict) -> dict:
-    """Iterations, and seconds spent in them, until the first validation that reaches GOAL.
-
-    Both are None if none does.
-    """
-    for e in validations(metrics):
-        if e["accuracies"]["greedy"]["accuracy"] >= GOAL:
-            done = metrics["iterations"][: e["iteration"]]
-            return {"iterations": len(done), "seconds": sum(m["seconds"] for m in done)}
-    return {"iterations": None, "seconds": None}
+def iterations_to_goal(metrics: dict) -> int | None:
+    """Iterations until the first validation that reaches GOAL; None if none does."""
+    reached = (
+        e["iteration"]
+        for e in validations(metrics)
+        if e["accuracies"]["greedy"]["accuracy"] >= GOAL
+    )
+    return next(reached, None)
 
 
 def train(flags: list[str]) -> dict:
     """Train once. The test accuracies are those of the saved policy, the best by validation."""
     with TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / "train_grpo.py"), "--preset=tiny", *flags]
+        command = [sys.executable, str(HERE.parent / "train_grpo.py"), *BASE, *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command.append(f"--output_dir={folder}")
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -133,9 +155,10 @@ def train(flags: list[str]) -> dict:
         metrics = read_json(Path(folder) / METRICS_FILE)
     [*_, tested] = (e["accuracies"] for e in metrics["evaluations"] if e["split"] == "test")
     return {
-        **time_to_goal(metrics),
+        "iterations": iterations_to_goal(metrics),
         **{kind: tested[kind]["accuracy"] for kind in ("sampled", "greedy")},
         "kl": median(m["kl"] for m in metrics["iterations"][-LAST:]),
+        "seconds": sum(m["seconds"] for m in metrics["iterations"]),
         "git_commit": metrics["environment"]["git_commit"],
     }
 
@@ -147,7 +170,7 @@ def train_all(settings: Settings, variants: dict[str, list[str]], output: Path) 
     """
     same = {name: getattr(settings, name) for name in ("iterations", "eval_every", "eval_problems")}
     same |= {"compared": settings.vary or settings.study, "first_seed": settings.first_seed}
-    same["preset"] = PRESETS["tiny"]
+    same |= {"preset": PRESETS["tiny"], "flags": BASE}
     found = read_json(output) if output.exists() else {"settings": same, "runs": {}}
     if found.get("settings") != same:
         other = found.get("settings", "other settings")
@@ -188,16 +211,17 @@ def cell(values: list[float], runs: int, measure: Measure, sign: str = "") -> st
     return text if len(values) == runs else f"{text} ({some})"
 
 
-def tables(results: dict[str, Runs]) -> list[list[str]]:
-    """The table of the means and that of the differences, as lines of Markdown."""
+def tables(results: dict[str, Runs], names: list[str]) -> list[list[str]]:
+    """The table of the means of these measures and that of the differences, lines of Markdown."""
     label, first = next(iter(results.items()))
     found = []
     for corner, compared, sign in (("variant", None, ""), (f"minus {label}", first, "+")):
-        rows = [[corner, *(m.heading for m in MEASURES.values())], ["---"] * (1 + len(MEASURES))]
+        measures = [MEASURES[name] for name in names]
+        rows = [[corner, *(m.heading for m in measures)], ["---"] * (1 + len(names))]
         for variant, runs in results.items():
             if runs is not compared:
-                values = [values_of(runs, name, compared) for name in MEASURES]
-                cells = zip(values, MEASURES.values(), strict=True)
+                values = [values_of(runs, name, compared) for name in names]
+                cells = zip(values, measures, strict=True)
                 rows.append([variant, *(cell(v, len(runs), m, sign) for v, m in cells)])
         found.append([f"| {' | '.join(row)} |" for row in rows])
     return found
@@ -242,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     ending = "" if name == "losses" else f"_{name}"
     output = Path(settings.output or HERE / f"ablation{ending}.json")
     results, picture = train_all(settings, variants, output), output.with_suffix(".png")
-    for lines in tables(results):
+    for lines in tables(results, [*MEASURES]):
         print("\n".join(["", *lines]))
     draw(results, picture)
     print(f"\nwrote {picture}")

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                                    # on the CPU if there is no GPU
     python benchmarks/gpu.py --dtype float32 --output fp32.json
+    python benchmarks/gpu.py --device cpu --batch_size 8 --iterations 2 --output cpu.json
 
 Repeats one iteration of the presets tiny and smollm2 (once `python fetch_model.py` has made its
 model), with learning rate 0 and the same seed, by either policy. Prints seconds by phase, peak
@@ -35,8 +36,9 @@ PHASES = ("rollout", "reference", "forward", "backward", "optimizer", "other", "
 @dataclass
 class Settings:
     iterations: int = setting(10, "to time, after one to warm up", 1)
+    batch_size: int = setting(0, "problems per iteration; 0: the preset's", 0)
     device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
-    dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "compute type")
+    dtype: Literal["preset", "float32", "bfloat16"] = setting("preset", "compute type")
     output: str = setting(str(HERE / "gpu.json"), "result file")
 
 
@@ -45,13 +47,18 @@ def measure(preset: str, policy: str, settings: Settings, device: torch.device) 
     gc.collect()  # the row before must not count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    changes = {"policy": policy, "device": str(device), "dtype": settings.dtype}
+    changes = {"policy": policy, "device": str(device)}
+    if settings.dtype != "preset":
+        changes["dtype"] = settings.dtype
+    if settings.batch_size:
+        changes["batch_size"] = settings.batch_size
     work = Work(Config(**{**PRESETS[preset], **changes}))
     learner, batch, metrics, seconds = time_phases(work, settings.iterations)
     return {
         "preset": preset,
         "policy": policy,
         "parameters": learner.policy.model.num_parameters(),
+        "dtype": str(learner.policy.compute_dtype).removeprefix("torch."),
         "completions": len(batch),
         "seconds": seconds,
         "memory_mib": list(peak_memory(device).values())[-1],  # cuda's, where there is one
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(total) == 2:
             ratio = total["plain"] / total["tree"]
             print(f"{preset}: without the tree, an iteration takes {ratio:.1f} times as long")
-    result = {"iterations": settings.iterations, "dtype": settings.dtype, "runs": runs}
+    result = {"iterations": settings.iterations, "runs": runs}
     write_result(Path(settings.output), result, device)
     return 0
 

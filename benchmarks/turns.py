@@ -12,6 +12,7 @@ import transformers
 
 from benchmarks.common import CPU, Work, memory, never_end, start
 from engine.files import UserError
+from engine.machine import tune_memory
 from engine.metrics import describe
 from engine.models import load_model
 from engine.policy import Policy
@@ -92,7 +93,11 @@ LOOPS = {"ours": run_ours, "plain": run_plain, "trl": run_trl}
 
 
 def make_trainer(work: Work):
-    """TRL's trainer with the settings of a work, and nothing that slows it down needlessly."""
+    """TRL's trainer with the settings of a work, and nothing that slows it down needlessly.
+
+    It keeps freed memory, in large pages, as this loop does.
+    """
+    tune_memory()
     model, tokenizer = load_model(work.config.model_name, CPU)
     if work.endless:
         never_end(model, tokenizer)

@@ -12,7 +12,7 @@ from figures import RESULTS, accuracy_of, committed, lesson_run, part_of, short
 from one_iteration import table
 from safetensors.numpy import load_file
 
-from benchmarks import ablation
+from benchmarks import ablation, vs_trl
 from engine.files import COMPLETIONS_FILE, ROOT
 from engine.metrics import best_iteration, validations
 from engine.presets import PRESETS
@@ -150,6 +150,8 @@ WHY = {
 
 # Benchmarks
 
+ABLATED = ["iterations", "sampled", "greedy", "kl"]  # other programs ran beside these studies
+
 
 def benchmark(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
@@ -164,6 +166,11 @@ def phases(name: str) -> str:
         rows.append([run["preset"], run["policy"], *cells, memory, mismatch])
     header = ["preset", "policy", *benchmark(name)["runs"][0]["seconds"], "memory"]
     return table([*header, "`logprob_mismatch`"], rows)
+
+
+def study(name: str, part: int, measures: list[str] = ABLATED) -> str:
+    """The means (0) or the differences (1) of an ablation."""
+    return "\n".join(ablation.tables(benchmark(name)["runs"], measures)[part])
 
 
 def trl() -> str:
@@ -196,6 +203,19 @@ def trl_accuracy() -> str:
 
 
 KINDS = ("iterations", "sampled", "greedy")
+
+
+def growth() -> str:
+    """A row per point: seconds and memory of the tree, the plain policy and TRL."""
+    found, rows = benchmark("vs_trl_growth"), []
+    for name in vs_trl.GROWTH:
+        for point in found[name]:
+            loops = [point[loop] for loop in vs_trl.POLICIES]
+            cells = [f"{loop['seconds']:.3g} s" for loop in loops]
+            cells += [f"{loop['peak_memory_mib']:,.0f} MiB" for loop in loops]
+            rows.append([f"`{name}` {point[name]}", *cells])
+    header = [f"{policy}{what}" for what in ("", ", memory") for policy in vs_trl.POLICIES.values()]
+    return table(["", *header], rows)
 
 
 def roofline() -> str:
@@ -410,14 +430,21 @@ GENERATED: dict[str, Callable[[], str]] = {
     "smollm2_minutes": smollm2_minutes,
     "smollm2_trials": smollm2_trials,
     "gpu_phases": lambda: phases("gpu"),
+    "cpu_phases": lambda: phases("cpu"),
+    "growth": growth,
     "reference_run": lambda: result_table({"tiny_reference": "learning rate {learning_rate}"}),
     "own_problem_runs": lambda: result_table(OWN_PROBLEMS),
     "presets": presets,
     "smollm2_headline": smollm2_headline,
     "smollm2_pass_at_k": smollm2_pass_at_k,
     "constant_rate": constant_rate,
-    "ablation_means": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[0]),
-    "ablation_differences": lambda: "\n".join(ablation.tables(benchmark("ablation")["runs"])[1]),
+    "losses_means": lambda: study("ablation", 0),
+    "losses_differences": lambda: study("ablation", 1),
+    "off_policy_means": lambda: study("ablation_off_policy", 0),
+    "off_policy_differences": lambda: study("ablation_off_policy", 1),
+    "group_means": lambda: study("ablation_groups", 0, [*ablation.MEASURES]),
+    "group_differences": lambda: study("ablation_groups", 1, [*ablation.MEASURES]),
+    "group_rates": lambda: study("ablation_group_rates", 0, ["sampled", "greedy"]),
     "trl": trl,
     "trl_accuracy": trl_accuracy,
     "roofline": roofline,

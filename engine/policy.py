@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Completions times max_new_tokens to sample in one cache. More would be slow in a tree, where each
+# token attends to all nodes; less reads the weights more often.
+MAX_SAMPLED = 32768
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()  # dropout would move the ratio away from 1
         self.compute_dtype = compute_dtype
+        self.max_sampled = MAX_SAMPLED
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         if self.eager_attention():
             model.set_attn_implementation("eager")
@@ -109,6 +115,28 @@ class Policy(nn.Module):
         Of the rows that are `greedy` (N,) bool, and at temperature 0 of all, take the likeliest.
         Returns ids, mask and log-probabilities (N, T), and whether each was truncated (N,).
         """
+        size, parts = max(1, self.max_sampled // max_new_tokens), []
+        for start in range(0, len(prompt_ids), size):
+            rows = slice(start, start + size)
+            prompts = prompt_ids[rows], prompt_mask[rows], max_new_tokens, eos_ids
+            likeliest = None if greedy is None else greedy[rows]
+            parts.append(self.sample_part(*prompts, generator, temperature, likeliest))
+        *columns, truncated = zip(*parts, strict=True)
+        width = max(ids.shape[1] for ids in columns[0])
+        wide = [[F.pad(x, (0, width - x.shape[1])) for x in column] for column in columns]
+        return *(torch.cat(column) for column in wide), torch.cat(truncated)
+
+    def sample_part(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        eos_ids: Tensor,
+        generator: torch.Generator | None,
+        temperature: float,
+        greedy: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `sample`, in one cache."""
         with torch.no_grad():
             unfinished = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
             logits, rows, cache = self.prefill(prompt_ids, prompt_mask)  # (K, V), (N,)

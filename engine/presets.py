@@ -2,6 +2,9 @@
 
 import torch
 
+from engine import distributed
+from engine.cli import Parser, check_settings
+from engine.files import UserError
 from engine.models import hub_source, model_folder
 
 PRESETS: dict[str, dict] = {
@@ -55,3 +58,22 @@ def choose_preset(model: str) -> tuple[str, str]:
     if model_folder(PRESETS["smollm2"]["model_name"]):
         return "smollm2", f"PyTorch finds a CUDA device, {absent}, SmolLM2 was fetched"
     return "tiny", f"the bundled model, since {absent}, and SmolLM2 was not fetched"
+
+
+def parse_config(config_class, argv: list[str] | None):
+    """Read a Config, or a class with more settings: flags override the preset, that the defaults.
+
+    Prints which preset it is, and why. Raises UserError.
+    """
+    parser = Parser(config_class, description=config_class.__doc__, allow_abbrev=False)
+    preset, reason = parser.parse_args(argv).preset, "named on the command line"
+    if preset == "auto":
+        preset, reason = choose_preset(config_class.model_name)
+    parser.set_defaults(**PRESETS[preset])
+    config = config_class(**{**vars(parser.parse_args(argv)), "preset": preset})
+    check_settings(config)
+    if config.batch_size % distributed.world_size():
+        processes = f"a multiple of {distributed.world_size()} (processes)"
+        raise UserError(f"--batch_size {config.batch_size}: must be {processes}")
+    print(f"preset {preset}: {reason}")
+    return config

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from engine import distributed, files
-from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint, restore, save_checkpoint
+from engine.checkpoint import CHECKPOINTS, restore, save_checkpoint
 from engine.files import COMPLETIONS_FILE, METRICS_FILE, UserError
 from engine.machine import describe_environment, peak_memory, process_seconds
 from engine.metrics import (
@@ -43,15 +43,8 @@ from engine.models import (
 from engine.policy import Policy
 from engine.problems import RewardFile
 from engine.prompt import check_length, encode_prompts
+from engine.resume import checkpoint_to_resume
 
-# Environment keys that must match on resume; torch and threads (and the setting
-# micro_batch_size) only print a note.
-COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
-COMPARED += ("policy", "compute_dtype", "torch", "threads")
-# Settings that a resumed run may change, because they change no weight (at a constant rate).
-FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every", "policy"}
-FREE |= {"patience", "max_kl", "log_completions_every"}
-FREE |= {"problems", "rewards"}  # their hashes are compared
 # Functions in which an error is due to a file of the user's.
 FAULTS = {RewardFile.score: "rewards", encode_prompts: "problems", check_length: "problems"}
 
@@ -59,76 +52,6 @@ FAULTS = {RewardFile.score: "rewards", encode_prompts: "problems", check_length:
 def evaluation_seed(config, iteration: int) -> int:
     """The seed of what is asked after an iteration beside training: another one each time."""
     return 1_000_003 * (config.seed + 1) + iteration
-
-
-def finished_run(output: Path) -> dict | None:
-    """The metrics of the run in `output`, if it has finished."""
-    try:
-        found = files.read_json(output / METRICS_FILE)
-    except UserError:  # none, or damaged
-        return None
-    return found if found.get("status") == "finished" else None
-
-
-def nothing_to_resume(settings: dict) -> bool:
-    """Whether the run in output_dir has finished and these settings ask for nothing more."""
-    output = Path(settings["output_dir"])
-    found = finished_run(output)
-    ending = found and reason_to_stop(found | {"config": settings})
-    if ending:
-        print(f"nothing to resume: the run in {output.resolve()} is finished, {ending[1]}")
-    return bool(ending)
-
-
-def accept_repair(metrics: dict, current: dict) -> None:
-    """If a checkpoint's run failed in a file of the user's, record that it is another one now."""
-    what = metrics.pop("failed_in", None)
-    was, now = (m["environment"].get(f"{what}_sha256") for m in (metrics, current))
-    if was != now:
-        metrics["environment"][f"{what}_sha256"] = now
-        repair = {"what": what, "iteration": len(metrics["iterations"]), "was": was, "is": now}
-        metrics["repaired"] = [*metrics.get("repaired", []), repair]
-        print(f"note: the --{what} file was repaired: its SHA-256 was {was}, is {now}")
-
-
-def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict, dict]:
-    """The newest checkpoint of the run to resume, or two empty dicts; `current` are new metrics.
-
-    A setting that the checkpoint does not know counts as its default. Raises UserError where a
-    fresh start would overwrite an unfinished run, and where settings other than FREE, the device,
-    the policy class or the base model differ from the checkpoint's.
-    """
-    settings, output = current["config"], Path(current["config"]["output_dir"])
-    if not settings["resume"]:
-        if checkpoints_in(output) and not finished_run(output):
-            raise UserError(
-                f"{output.resolve()} holds an unfinished run: continue it with --resume, choose"
-                f" another --output_dir, or delete {CHECKPOINTS}/ to give it up"
-            )
-        return {}, {}
-    tensors, state = load_checkpoint(output)
-    if not state:
-        print(f"nothing to resume in {output.resolve()}: starting from the beginning")
-        return {}, {}
-    accept_repair(state["metrics"], current)
-    # A falling rate depends on the length of the run.
-    free = FREE - {"num_iterations"} if settings["lr_schedule"] == "linear" else FREE
-    saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
-    names = sorted(settings.keys() - free)
-    pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
-    pairs |= {n: (environment.get(n), current["environment"][n]) for n in COMPARED}
-    weights = current["reward_weights"]
-    pairs["WEIGHTS"] = state["metrics"].get("reward_weights", weights), weights
-    changed = {n: f"{n} was {a!r}, is {b!r}" for n, (a, b) in pairs.items() if a != b}
-    for name in ("torch", "threads", "--micro_batch_size"):
-        if name in changed:
-            print(f"note: {changed.pop(name)}; the last digits will differ")
-    if changed:
-        remedy = "; restore the file, or start anew in another --output_dir"
-        by_file = changed.keys() & {"problems_sha256", "rewards_sha256", "WEIGHTS"}
-        text = "; ".join(changed.values()) + remedy * bool(by_file)
-        raise UserError(f"--resume: started with other settings: {text}")
-    return tensors, state
 
 
 @contextmanager
@@ -208,12 +131,13 @@ class Run:
         """
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         self.metrics |= {"status": "failed", "stop_reason": reason, "failed_in": what}
-        self.metrics["seconds"] = time.monotonic() - self.started
         problem_rng, token_rng = self.generators
         self.learner.problem_rng.setstate(problem_rng)
+        self.writes = True
         with suppress(OSError, SafetensorError), FileLock(self.output / CHECKPOINTS / ".lock"):
+            self.count_seconds()
             save_checkpoint(self.learner, self.metrics, token_rng, self.output)
-            files.write_json(self.output / METRICS_FILE, self.metrics)
+            self.write_metrics()
             checkpoint = self.output.resolve() / CHECKPOINTS / str(self.iteration)
             error.add_note(f"{checkpoint} is intact: repair the --{what} file, rerun with --resume")
 
@@ -402,8 +326,11 @@ class Run:
             self.save_policy(self.learner.policy)
             self.last_saved = self.iteration
 
-    def write_checkpoint(self) -> None:
+    def count_seconds(self) -> None:
         self.metrics["seconds"] = time.monotonic() - self.started
+
+    def write_checkpoint(self) -> None:
+        self.count_seconds()
         generators = torch.cat(distributed.all_gather(self.learner.token_rng.get_state()))
         if self.writes:
             save_checkpoint(self.learner, self.metrics, generators, self.output)
@@ -411,7 +338,7 @@ class Run:
         self.last_checkpoint, self.written = self.iteration, time.monotonic()
 
     def write_metrics(self) -> None:
-        self.metrics["seconds"] = time.monotonic() - self.started
+        self.count_seconds()
         if self.writes:
             files.write_json(self.output / METRICS_FILE, self.metrics)
 
@@ -435,8 +362,8 @@ class Run:
         distributed.broadcast_tensors(policy.parameters())
         return policy
 
-    def finish(self, best: Policy, draw: Callable[[Path], None]) -> int:
-        """Save the best policy, call draw(output) for plots, print the summary; the exit code.
+    def finish(self, best: Policy, draw: Callable[[list[Path], Path], None]) -> int:
+        """Save the best policy, `draw` the metrics file, print the summary; the exit code.
 
         A run that ended before its first iteration leaves the files of an earlier run alone.
         """
@@ -447,7 +374,7 @@ class Run:
             self.save_policy(best)
             self.write_metrics()
             if self.writes:
-                draw(self.output)
-                self.metrics["seconds"] = time.monotonic() - self.started  # with the plots
+                draw([self.output / METRICS_FILE], self.output)
+                self.write_metrics()  # with the seconds that plots took
                 print(summary(self.metrics, self.output))
         return {"finished": 0, "failed": 1}.get(status, 128 + self.stop_signal)

@@ -7,37 +7,20 @@ and a 4-dimensional attention mask lets it see its ancestors and itself.
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache
 
-from engine.files import UserError, first_line, out_of_memory
-from engine.machine import choose_device, choose_dtype, tune_memory
-from engine.models import eos_token_ids, load_model
 from engine.policy import Policy, Rollout, token_logprobs
-from engine.problems import warn_of_long_answers
-from engine.prompt import (
-    check_length,
-    check_prompt,
-    check_question,
-    encode_prompts,
-    longest_last,
-)
 
 # Nodes per pass: attention takes memory and time with their square. Measured on a CPU alone.
 MAX_NODES = {"cpu": 640}
 MAX_NODES_ELSEWHERE = 2048
 # A pass with more nodes than this share of its tokens is faster without the tree.
 MAX_SHARE = 0.7
-# Tokens to sample in one cache: each attends to all nodes there, of which few are its ancestors.
-MAX_SAMPLED = {"cpu": 8192}
-MAX_SAMPLED_ELSEWHERE = 32768
-TOLERANCE = 1e-3  # in float32: rounding stays far below it, a mistake far above
 
 
 class PrefixTree:
@@ -135,7 +118,6 @@ class TreePolicy(Policy):
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32):
         super().__init__(model, compute_dtype)
         self.max_nodes = MAX_NODES.get(model.device.type, MAX_NODES_ELSEWHERE)
-        self.max_sampled = MAX_SAMPLED.get(model.device.type, MAX_SAMPLED_ELSEWHERE)
         self.max_share = MAX_SHARE
 
     def eager_attention(self) -> bool:
@@ -162,28 +144,6 @@ class TreePolicy(Policy):
             its_tree = tree if chunk.mask.shape == rollout.mask.shape else RolloutTree(chunk)
             micro_batches.append((rows, TreeRollout(**vars(chunk), tree=its_tree)))
         return micro_batches
-
-    def sample(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        max_new_tokens: int,
-        eos_ids: Tensor,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        greedy: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As in `Policy`, one part of the batch after another."""
-        size, parts = max(1, self.max_sampled // max_new_tokens), []
-        for start in range(0, len(prompt_ids), size):
-            rows = slice(start, start + size)
-            sampling = max_new_tokens, eos_ids, generator, temperature
-            likeliest = None if greedy is None else greedy[rows]
-            parts.append(super().sample(prompt_ids[rows], prompt_mask[rows], *sampling, likeliest))
-        width = max(part[0].shape[1] for part in parts)
-        *columns, truncated = zip(*parts, strict=True)
-        wide = [[F.pad(x, (0, width - x.shape[1])) for x in column] for column in columns]
-        return *(torch.cat(column) for column in wide), torch.cat(truncated)
 
     def forward(self, rollout: Rollout) -> Tensor:
         """Log-probability of every completion token, (N, T) float32, exactly 0 where masked."""
@@ -277,120 +237,3 @@ def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move the real tokens of each row (R, L) to its beginning. Returns ids and lengths (R,)."""
     ids, mask = ids.cpu(), mask.cpu()
     return ids.gather(1, mask.argsort(dim=1, descending=True, stable=True)), mask.sum(dim=1)
-
-
-def load_policy(config, problems, prompt, group: int) -> tuple[Policy, Any]:
-    """(policy, tokenizer) for the model, device and types of a Config. Raises UserError.
-
-    Prints which policy it is, and the first prompt.
-    """
-    tune_memory()
-    device, new_tokens = choose_device(config.device), prompt.max_new_tokens
-    model, tokenizer = load_model(config.model_name, device)
-    warn_of_long_answers(problems, tokenizer, new_tokens)
-    questions = problems.questions()
-    for question in questions:
-        check_question(question, tokenizer, problems.where(question))
-    # Of different lengths, so that padding is checked too.
-    questions = longest_last(tokenizer, questions, prompt)
-    check_prompt(tokenizer, questions, prompt, eos_token_ids(model, tokenizer))
-    prompts = encode_prompts(tokenizer, questions, prompt, device)
-    check_length(model, prompts[0], new_tokens, problems.where(questions[1]))
-    dtype = choose_dtype(config.dtype, device)
-    policy = choose_policy(config.policy, model, dtype, prompts, group, new_tokens)
-    first = prompts[0][0][prompts[1][0] == 1]
-    print(f"first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
-    return policy, tokenizer
-
-
-def choose_policy(
-    name: str,
-    model: nn.Module,
-    dtype: torch.dtype,
-    prompts: tuple[Tensor, Tensor],
-    group: int,
-    new_tokens: int,
-) -> Policy:
-    """A TreePolicy where it computes what unpadded forward passes compute, else a plain Policy.
-
-    name: auto, tree or plain; prompts: ids and mask (B, P). Raises UserError if the named one (for
-    auto: even the plain one) computes something else. Prints one line that says why.
-    """
-    classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
-    prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
-    reasons, attention = [], model.config._attn_implementation
-    for kind in classes:
-        model.set_attn_implementation(attention)  # the one tried before may have changed it
-        policy = kind(model)
-        policy.max_share = 1.0  # samples at start-up share little, and the tree is to be proven
-        problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
-        if problem is None:
-            policy = kind(model, dtype)
-            problem = find_failure(policy, prompt_ids, prompt_mask)
-        if problem is None:
-            print(f"policy {kind.name}: {'; '.join(reasons) or 'matches unpadded forward passes'}")
-            return policy
-        reasons.append(f"{kind.name} {problem}")
-    remedy = "" if dtype == torch.float32 else "; try --dtype float32"
-    what = f"a model of type {model.config.model_type} cannot be trained"
-    raise UserError(f"{what}: {'; '.join(reasons)}{remedy}")
-
-
-def sample_to_check(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
-) -> Rollout:
-    """Sample completions that no token ends, so that a window shorter than that matters."""
-    no_eos, generator = prompt_ids.new_zeros(0), torch.Generator().manual_seed(0)
-    prompts = prompt_ids, prompt_mask
-    ids, mask, sampled, truncated = policy.sample(*prompts, new_tokens, no_eos, generator)
-    return Rollout(*prompts, ids, mask.float(), sampled, truncated, [""] * len(ids))
-
-
-def find_mismatch(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
-) -> str | None:
-    """Sample with a float32 policy and score the samples: what is wrong, or None.
-
-    The first, the middle and the last sample are also scored by an unpadded forward pass each, with
-    plain attention: fused kernels may leave out what a model asks for, in both passes alike.
-    """
-    model = policy.model
-    attention = model.config._attn_implementation
-    try:
-        with torch.no_grad():
-            rollout = sample_to_check(policy, prompt_ids, prompt_mask, new_tokens)
-            ids, sampled = rollout.completion_ids, rollout.sampled_logprobs
-            scored, gaps = torch.zeros_like(sampled), []
-            for rows, chunk in policy.micro_batches(rollout):
-                scored[rows] = policy(chunk)
-                if isinstance(chunk, TreeRollout) and not gaps:
-                    # A model that masks by column instead of by the given mask fails here.
-                    backwards = policy(replace(chunk, tree=chunk.tree.reversed()))
-                    gaps.append((backwards - scored[rows]).abs().max())
-            gaps.append((scored - sampled).abs().max())
-            model.set_attn_implementation("eager")
-            for i in {0, len(ids) // 2, len(ids) - 1}:
-                whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
-                logits = model(input_ids=whole).logits[0, -1 - new_tokens : -1]
-                rows = torch.arange(new_tokens, device=ids.device)
-                gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
-            gap = torch.stack(gaps).max().item()
-            model.set_attn_implementation(attention)
-    except Exception as error:  # third-party code: any failure rules this policy out
-        if out_of_memory(error):
-            raise
-        return f"fails ({first_line(error)})"
-    return None if gap < TOLERANCE else f"changes log-probabilities by {gap:.2g}"
-
-
-def find_failure(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> str | None:
-    """Sample and train on a token each in the policy's own compute type: what fails, or None."""
-    try:
-        for _, chunk in policy.micro_batches(sample_to_check(policy, prompt_ids, prompt_mask, 2)):
-            policy(chunk).sum().backward()
-        policy.zero_grad()
-    except Exception as error:  # third-party code
-        if out_of_memory(error):
-            raise
-        return f"fails in {str(policy.compute_dtype).removeprefix('torch.')} ({first_line(error)})"
-    return None

@@ -46,11 +46,11 @@ from engine.files import exit_code, locked_folder, write_json
 from engine.machine import describe_environment
 from engine.metrics import describe
 from engine.models import load_model, save_model
-from engine.presets import PRESETS
+from engine.presets import PRESETS, parse_config
 from engine.run import evaluation_seed
-from engine.tree import load_policy
+from engine.startup import load_policy
 from examples.bridge import check_counterparts, make_trainer, take_weights
-from train_grpo import Config, Task, evaluate, load_task, parse_config
+from train_grpo import Config, Task, evaluate, load_task
 
 CARD = """---
 base_model: {model}
@@ -73,7 +73,7 @@ class Settings(Config):
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """Read the command line. Raises UserError, also for what TRL does not have."""
-    settings = parse_config(argv, Settings)
+    settings = parse_config(Settings, argv)
     check_counterparts(settings, asdict(Settings()) | PRESETS[settings.preset])
     return settings
 

@@ -24,11 +24,11 @@ from mutmut.mutation.diff_apply import get_diff_for_mutant
 ROOT = Path(__file__).resolve().parent.parent
 SURVIVORS = Path("tests/survivors.txt")
 LOG = Path("mutants/mutmut.log")
-FILES = ["rewards.py", "engine/policy.py", "engine/tree.py", "train_grpo.py"]
+FILES = ["rewards.py", "engine/policy.py", "engine/tree.py", "engine/startup.py", "train_grpo.py"]
 # In mutmut's names, x_function and xǁClassǁmethod. The rest of these files reads settings, loads
 # models, trains or prints: tests of it are slow.
 MUTATED = ["rewards.*", "engine.policy.*", "engine.tree.xǁ*", "engine.tree.x_left_aligned*"]
-MUTATED += ["engine.tree.x_choose_policy*", "engine.tree.x_find_mismatch*"]
+MUTATED += ["engine.startup.x_choose_policy*", "engine.startup.x_find_mismatch*"]
 MUTATED += ["train_grpo.x_rollout*", "train_grpo.x_reward_function*", "train_grpo.x_kl_term*"]
 MUTATED += ["train_grpo.x_group_advantages*", "train_grpo.x_completion_mean*"]
 MUTATED += ["train_grpo.x_loss_mask*", "train_grpo.x_measure_kl*", "train_grpo.x_loss_length*"]

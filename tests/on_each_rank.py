@@ -16,7 +16,7 @@ from torch import Tensor
 import train_grpo
 from engine import distributed
 from engine.policy import Rollout
-from engine.tree import load_policy
+from engine.startup import load_policy
 from train_grpo import group_advantages
 
 CASES = {

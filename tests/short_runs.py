@@ -13,12 +13,13 @@ from torch import Tensor
 import plot_metrics
 import train_grpo
 from engine.policy import Policy, frozen_copy
-from train_grpo import Config, Learner, Task, load_task, parse_config
+from engine.presets import parse_config
+from train_grpo import Config, Learner, Task, load_task
 
 
 def short_config(folder: Path, **settings) -> Config:
     flags = ("--num_iterations", 3, "--device", "cpu", "--output_dir", folder)
-    return replace(parse_config(arguments(*flags)), **settings)
+    return replace(parse_config(Config, arguments(*flags)), **settings)
 
 
 def make_task(tokenizer, config: Config) -> Task:

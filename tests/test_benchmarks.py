@@ -17,9 +17,9 @@ from benchmarks.turns import make_trainer
 from engine.files import UserError
 from engine.models import eos_token_ids
 from engine.policy import Rollout
-from engine.presets import PRESETS
+from engine.presets import PRESETS, parse_config
 from engine.prompt import encode_prompts
-from train_grpo import parse_config, reward_function, train_iteration
+from train_grpo import Config, reward_function, train_iteration
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -94,27 +94,26 @@ def test_gpu_times_tree_and_plain_and_skips_absent_models(tmp_path, monkeypatch,
         assert 0 < run["logprob_mismatch"] < 0.5
 
 
-def test_time_to_goal_ends_at_the_first_validation_there():
+def test_goal_is_reached_at_the_first_validation_there():
     evaluations, found = [], []
     for i, greedy in enumerate((0.5, 0.8999, 0.9, 0.95)):
         accuracies = {"greedy": {"accuracy": greedy}, "sampled": {"accuracy": 1.0}}
         evaluations.append({"split": "validation", "iteration": 10 * i, "accuracies": accuracies})
-        metrics = {"iterations": [{"seconds": 0.5}] * 30, "evaluations": evaluations}
-        found.append(tuple(ablation.time_to_goal(metrics).values()))
-    assert found == [(None, None), (None, None), (20, 10.0), (20, 10.0)]
+        found.append(ablation.iterations_to_goal({"evaluations": evaluations}))
+    assert found == [None, None, 20, 20]
 
 
 def test_tables_pair_runs_by_seed_with_intervals_of_students_t():
     rest, results = dict.fromkeys(ablation.MEASURES, 0.25), {}
     for label, row in {"A": (100, 120, None), "B": (90, 100, 80), "C": (None, None, 70)}.items():
         results[label] = {seed: {**rest, "iterations": n} for seed, n in enumerate(row)}
-    means, paired = ablation.tables(results)
+    means, paired = ablation.tables(results, ["iterations", "sampled", "kl"])
     assert paired[0].startswith("| minus A |")
     assert [row.split(" | ")[1] for row in (*means[2:], *paired[2:])] == [
         *("110 ± 127 (2 of 3 runs)", "90 ± 25", "70 (1 of 3 runs)"),
         *("-15 ± 64 (2 of 3 runs)", "0 of 3 runs"),
     ]
-    assert means[2].endswith(" | 25.0 ± 0.0 | 25.0 ± 0.0 | 0.250 ± 0.000 |")
+    assert means[2].endswith(" | 25.0 ± 0.0 | 0.250 ± 0.000 |")
     for freedom, t in enumerate(ablation.T, start=1):
         x = torch.linspace(0, t, 20_001, dtype=torch.float64)
         density = StudentT(torch.tensor(freedom, dtype=x.dtype)).log_prob(x).exp()
@@ -122,8 +121,10 @@ def test_tables_pair_runs_by_seed_with_intervals_of_students_t():
 
 
 def test_each_variant_changes_only_what_its_name_says():
-    preset, variants = asdict(parse_config(["--preset=tiny"])).items(), ablation.LOSSES
-    configs = {name: parse_config(["--preset=tiny", *flags]) for name, flags in variants.items()}
+    preset, variants = asdict(parse_config(Config, ["--preset=tiny"])).items(), ablation.LOSSES
+    configs = {
+        name: parse_config(Config, ["--preset=tiny", *flags]) for name, flags in variants.items()
+    }
     assert {name: asdict(config).items() - preset for name, config in configs.items()} == {
         "GRPO": set(),
         "Dr. GRPO": {("loss_type", "dr_grpo"), ("scale_rewards", "none")},
@@ -136,8 +137,8 @@ def test_each_variant_changes_only_what_its_name_says():
         "corrected KL": {("kl_correction", True)},
     }
     assert ablation.STUDIES["off_policy"].keys() == variants.keys()
-    for flags in ablation.STUDIES["groups"].values():
-        config = parse_config(["--preset=tiny", *flags])
+    for flags in (*ablation.STUDIES["groups"].values(), *ablation.STUDIES["group_rates"].values()):
+        config = parse_config(Config, ["--preset=tiny", *flags])
         assert config.batch_size * config.num_generations == 512
 
 

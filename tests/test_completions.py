@@ -9,12 +9,13 @@ from processes import arguments, finish
 import train_grpo
 from engine.files import COMPLETIONS_FILE, append_line, cut_lines
 from engine.metrics import group_record
+from engine.presets import parse_config
 from engine.problems import LOGPROBS, RewardFile
-from train_grpo import group_advantages, parse_config, rollout, set_up, train_iteration
+from train_grpo import Config, group_advantages, rollout, set_up, train_iteration
 
 
 def test_a_record_is_the_first_group_of_its_batch(monkeypatch):
-    batches, rewards, config = [], RewardFile(), parse_config(arguments())
+    batches, rewards, config = [], RewardFile(), parse_config(Config, arguments())
 
     def spy(*inputs):
         batches.append(rollout(*inputs))

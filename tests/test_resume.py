@@ -192,7 +192,7 @@ def test_a_run_of_older_code_is_resumed(tmp_path, monkeypatch):
         del state["metrics"]["config"]["lr_schedule"]
         return tensors, state
 
-    monkeypatch.setattr("engine.run.load_checkpoint", load_older)
+    monkeypatch.setattr("engine.resume.load_checkpoint", load_older)
     flags = ("--model_name", "model", "--rewards", "judge.py", "--output_dir", "run")
     flags += ("--eval_problems", 4, "--eval_every", 0, "--learning_rate", "1e-3", "--resume")
     assert "resuming after iteration 4" in finish(old, *flags, "--num_iterations", 6)

@@ -30,15 +30,13 @@ from small_models import (
 
 from engine.files import UserError
 from engine.policy import Policy, Rollout
+from engine.startup import choose_policy
 from engine.tree import (
     MAX_NODES,
     MAX_NODES_ELSEWHERE,
-    MAX_SAMPLED,
-    MAX_SAMPLED_ELSEWHERE,
     PrefixTree,
     RolloutTree,
     TreePolicy,
-    choose_policy,
 )
 from train_grpo import Config, rollout
 
@@ -508,11 +506,10 @@ def test_tensors_are_made_on_the_device_of_the_model(kind):
 
 def test_on_a_cpu_trees_are_small_and_attention_is_eager():
     policy = TreePolicy(small_model("llama"))
-    assert policy.max_nodes == MAX_NODES["cpu"] and policy.max_sampled == MAX_SAMPLED["cpu"]
+    assert policy.max_nodes == MAX_NODES["cpu"]
     assert policy.model.config._attn_implementation == "eager"
     policy = TreePolicy(small_model("llama").to("meta"))
     assert policy.max_nodes == MAX_NODES_ELSEWHERE == 2048 > MAX_NODES["cpu"]
-    assert policy.max_sampled == MAX_SAMPLED_ELSEWHERE == 32768 > MAX_SAMPLED["cpu"]
     assert policy.model.config._attn_implementation == "sdpa"
 
 
