@@ -45,6 +45,7 @@ LOSSES = {
     "DAPO's loss, clip-higher": ["--loss_type=dapo", "--epsilon_high=0.28"],
     # With the bounds of their authors: GRPO's would hardly ever bound a mean over tokens.
     "GSPO": ["--importance_level=sequence", "--epsilon=3e-4", "--epsilon_high=4e-4"],
+    "GSPO's ratio, GRPO's bounds": ["--importance_level=sequence"],
     "CISPO": ["--loss_type=cispo", "--epsilon_high=4"],
     "standard deviation of the batch": ["--scale_rewards=batch"],
     "beta 0": ["--beta=0"],

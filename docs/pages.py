@@ -2,11 +2,11 @@
 
     python docs/pages.py
 
-In README.md and docs/*.md, a function of tables.py writes what stands between `<!-- NAME -->` and
-`<!-- end -->`: a table, or a number in a sentence. figures.py draws docs/*.png, one_iteration.py
-writes one_iteration.md. docs/report*.html keep their data and get the page of engine/report.html;
-screenshot.py, run by itself, makes the first of them and its picture. Change the results or these
-files, run this, and commit the pages.
+In README.md, docs/*.md and benchmarks/RECORDS.md, a function of tables.py writes what stands
+between `<!-- NAME -->` and `<!-- end -->`: a table, or a number in a sentence. figures.py draws
+docs/*.png, one_iteration.py writes one_iteration.md. docs/report*.html keep their data and get the
+page of engine/report.html; screenshot.py, run by itself, makes the first of them and its picture.
+Change the results or these files, run this, and commit the pages.
 """
 
 import re
@@ -23,7 +23,7 @@ from engine.report import PAGE
 
 REPORTS = sorted((ROOT / "docs").glob("report*.html"))
 DATA = re.compile(r'(?<=id="data">).*?(?=</script>)', re.DOTALL)
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/RECORDS.md"]
 MARKED = re.compile(r"<!-- (\w+) -->(.*?)<!-- end -->", re.DOTALL)
 
 

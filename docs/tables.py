@@ -75,20 +75,38 @@ def smollm2_pass_at_k() -> str:
     return table(["k", "pass@k, before", "pass@k, after"], rows)
 
 
+def validations_by_time(run: str) -> list[tuple[float, dict]]:
+    """The validations of a run, with the seconds from the start of the process until their end."""
+    metrics, found, evaluating = committed(run), [], 0.0
+    for e in metrics["evaluations"]:
+        evaluating += e["seconds"]
+        training = sum(m["seconds"] for m in metrics["iterations"][: e["iteration"]])
+        if e["split"] == "validation":
+            found.append((metrics["set_up_seconds"] + training + evaluating, e))
+    return found
+
+
 def smollm2_minutes() -> str:
-    """Validations of the runs, with the minutes from the start of the process until their end."""
     rows = []
     for run in SMOLLM2_RUNS:
-        metrics, seen = committed(run), []
-        for e in metrics["evaluations"]:
-            seen.append(e["seconds"])
-            training = sum(m["seconds"] for m in metrics["iterations"][: e["iteration"]])
-            if e["split"] == "validation":
-                minutes = (metrics["set_up_seconds"] + training + sum(seen)) / 60
-                shares = [percent(e["accuracies"][kind]["accuracy"]) for kind in KINDS[1:]]
-                seed = metrics["config"]["seed"]
-                rows.append([seed, e["iteration"], f"{minutes:.1f}", *shares])
+        for seconds, e in validations_by_time(run):
+            shares = [percent(accuracy_of(kind, e)) for kind in KINDS[1:]]
+            seed = committed(run)["config"]["seed"]
+            rows.append([seed, e["iteration"], f"{seconds / 60:.1f}", *shares])
     return table(["seed", "iteration", "minutes", "validation, sampled", "greedy"], rows)
+
+
+def tiny_records() -> str:
+    """Seconds until the end of the first validation that shows a greedy accuracy, by seed."""
+    rows = []
+    for level in (0.9, 0.97):
+        reached = []
+        for run in TINY_RECORDS:
+            seen = validations_by_time(run)
+            reached += [next((t for t, e in seen if accuracy_of("greedy", e) >= level), None)]
+        seconds = ", ".join("not reached" if t is None else f"{t:.0f}" for t in reached)
+        rows.append([f"{level:.0%}", seconds])
+    return table(["level", "seconds, seeds 0, 1, 2"], rows)
 
 
 def smollm2_trials() -> str:
@@ -171,6 +189,17 @@ def phases(name: str) -> str:
 def study(name: str, part: int, measures: list[str] = ABLATED) -> str:
     """The means (0) or the differences (1) of an ablation."""
     return "\n".join(ablation.tables(benchmark(name)["runs"], measures)[part])
+
+
+def variant_differences() -> str:
+    """Test accuracy of each variant minus GRPO's, with two and with four updates per batch."""
+    header, rows = ["variant"], [[name] for name in [*ablation.LOSSES][1:]]
+    for name, updates in (("ablation", "two"), ("ablation_off_policy", "four")):
+        header += [f"{kind}, {updates} updates" for kind in KINDS[1:]]
+        lines = ablation.tables(benchmark(name)["runs"], [*KINDS[1:]])[1][2:]
+        for row, line in zip(rows, lines, strict=True):
+            row += line.strip("| ").split(" | ")[1:]
+    return table(header, rows)
 
 
 def trl() -> str:
@@ -412,7 +441,8 @@ def letters() -> str:
     )
 
 
-SMOLLM2_RUNS = ["smollm2/seed0"]
+SMOLLM2_RUNS = ["smollm2/seed0", "smollm2/seed1"]
+TINY_RECORDS = [f"records/tiny{n}" for n in range(3)]
 OWN_PROBLEMS = {f"reasoning/seed{n}": "reasoning, seed {seed}" for n in range(2)}
 OWN_PROBLEMS |= {"spelling": "spelling, seed {seed}"}
 HEALTHY_GROUPS = {
@@ -428,6 +458,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "gpu_tiny_runs": lambda: result_table({f"gpu/tiny{n}": "seed {seed}" for n in range(3)}),
     "smollm2_runs": lambda: result_table(dict.fromkeys(SMOLLM2_RUNS, "seed {seed}")),
     "smollm2_minutes": smollm2_minutes,
+    "tiny_records": tiny_records,
     "smollm2_trials": smollm2_trials,
     "gpu_phases": lambda: phases("gpu"),
     "cpu_phases": lambda: phases("cpu"),
@@ -444,6 +475,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "off_policy_differences": lambda: study("ablation_off_policy", 1),
     "group_means": lambda: study("ablation_groups", 0, [*ablation.MEASURES]),
     "group_differences": lambda: study("ablation_groups", 1, [*ablation.MEASURES]),
+    "variant_differences": variant_differences,
     "group_rates": lambda: study("ablation_group_rates", 0, ["sampled", "greedy"]),
     "trl": trl,
     "trl_accuracy": trl_accuracy,

@@ -130,6 +130,7 @@ def test_each_variant_changes_only_what_its_name_says():
         "Dr. GRPO": {("loss_type", "dr_grpo"), ("scale_rewards", "none")},
         "DAPO's loss, clip-higher": {("loss_type", "dapo"), ("epsilon_high", 0.28)},
         "GSPO": {("importance_level", "sequence"), ("epsilon", 3e-4), ("epsilon_high", 4e-4)},
+        "GSPO's ratio, GRPO's bounds": {("importance_level", "sequence")},
         "CISPO": {("loss_type", "cispo"), ("epsilon_high", 4.0)},
         "standard deviation of the batch": {("scale_rewards", "batch")},
         "beta 0": {("beta", 0.0)},
