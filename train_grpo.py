@@ -62,7 +62,8 @@ class Config:
         "auto", "compute type; auto: bfloat16 on cuda if native, else float32; weights are float32"
     )
     policy: Literal["auto", "tree", "plain"] = setting("auto", "auto: tree if it fits, else plain")
-    # The task, and how it is asked. Answers have at most nine digits, as many as the reward reads.
+    # The task, and how it is asked. Operands up to 999: answers of nine digits, the most that the
+    # reward reads.
     problems: str = setting("", "JSONL file of questions and answers; without it, arithmetic")
     rewards: str = setting("", "Python file that scores completions; without it, rewards.py")
     min_operand: int = setting(0, "smallest operand of a problem", -999, 999)
@@ -95,9 +96,7 @@ class Config:
     clip_grad_norm: float = setting(0.5, "largest gradient norm of an update", 0, 1e9)
     micro_batch_size: int = setting(0, "completions per backward pass; 0 is as many as fit", 0)
     # Evaluating, saving, stopping
-    eval_every: int = setting(
-        200, "iterations between validations; 0: only before and after training", 0
-    )
+    eval_every: int = setting(200, "iterations between validations; 0: first and last only", 0)
     eval_problems: int = setting(512, "problems per evaluation, at most", 1, 10**6)
     log_completions_every: int = setting(
         0, "iterations per logged group; 0: about 30 in a run; -1: never", -1
@@ -271,9 +270,9 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     still pulls back. Clamping d would drop the gradient just when the policy has strayed furthest.
     """
     d = logprobs - ref_logprobs if estimator == "k3_inverse" else ref_logprobs - logprobs
-    bounded = d.clamp(max=20.0)
-    # relu(d - 20) and not d - bounded: autograd would cancel two huge slopes and lose the real one.
-    return torch.expm1(bounded) - bounded + (d - 20.0).relu() * math.expm1(20.0)
+    capped = d.clamp(max=20.0)
+    # relu(d - 20) and not d - capped: autograd would cancel two huge slopes and lose the real one.
+    return torch.expm1(capped) - capped + (d - 20.0).relu() * math.expm1(20.0)
 
 
 def completion_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
@@ -351,11 +350,12 @@ def measure_kl(
     """Mean KL terms of micro-batches, by their log-probabilities (n, T): `kl`, which is always k3,
     `kl_penalty` by the run's estimator, and the number of tokens that they rest on.
     """
-    found = Counter()
+    found, count = Counter(), sum(map(len, chunks))
     for chunk, *pair in zip(chunks, logprobs, ref_logprobs, strict=True):
-        weight = len(chunk) / sum(map(len, chunks))
+        weight = len(chunk) / count
         for name, estimator in (("kl", "k3"), ("kl_penalty", config.kl_estimator)):
             found[name] += weight * completion_mean(kl_term(*pair, estimator), chunk.mask).item()
+        # The processes' metrics are averaged later; tokens are to be added up.
         found["kl_tokens"] += int(chunk.mask.sum()) * distributed.world_size()
     return dict(found)
 
@@ -380,19 +380,21 @@ def update_policy(
     Returns their metrics. An update whose gradient is not finite is skipped: it would ruin every
     weight.
     """
-    length, policy = loss_length(loss_mask(batch, config), config), learner.policy
-    # Without a KL term, a completion of advantage 0 adds exactly nothing to the gradient. If that
-    # is all of them, one stays: the gradient is then zero, not absent, and Adam's step is taken.
-    useful = all_rows = torch.arange(len(batch), device=batch.mask.device)
-    if not config.beta:
-        counts = (advantages != 0) & loss_mask(batch, config).any(dim=1)
-        useful = all_rows[counts] if counts.any() else all_rows[:1]
-    advantages = advantages[useful]
-    micro_batches = policy.micro_batches(batch[useful], config.micro_batch_size)
-    measured = micro_batches
-    if not config.beta:  # no penalty needs the reference: it reads the first group alone, for `kl`
-        first_group = batch[all_rows[: config.num_generations]]
-        measured = policy.micro_batches(first_group, config.micro_batch_size)
+    policy, size = learner.policy, config.micro_batch_size
+    mask = loss_mask(batch, config)
+    length = loss_length(mask, config)
+    if config.beta:
+        micro_batches = measured = policy.micro_batches(batch, size)
+    else:
+        # A completion of advantage 0, or without a token in the loss, adds exactly nothing to the
+        # gradient. If that is all of them, one stays: the gradient is then zero, not absent, and
+        # Adam's step is taken. The reference reads the first group alone, for `kl`.
+        rows = torch.arange(len(batch), device=mask.device)
+        counts = (advantages != 0) & mask.any(dim=1)
+        useful = rows[counts] if counts.any() else rows[:1]
+        micro_batches = policy.micro_batches(batch[useful], size)
+        measured = policy.micro_batches(batch[rows[: config.num_generations]], size)
+        advantages = advantages[useful]
     with torch.no_grad():
         ref_logprobs = [learner.reference(chunk) for _, chunk in measured]  # (n, T) each
     old_logprobs: list[Tensor] = []  # (n, T) each
@@ -400,16 +402,15 @@ def update_policy(
     for _ in range(config.num_inner_updates):
         learner.optimizer.zero_grad()
         update = Counter()  # metrics, summed over micro-batches
-        parts = distributed.sync_on_last(learner.trained, micro_batches)
-        for i, (rows, chunk) in enumerate(parts):
+        for i, (rows, chunk) in enumerate(distributed.sync_on_last(learner.trained, micro_batches)):
             logprobs = learner.trained(chunk)  # (n, T)
             # The policy has not moved since the rollout, so the old log-probabilities are those of
             # the first update, and its ratio is exactly 1. Those recorded while sampling are equal
             # up to rounding only.
-            if len(old_logprobs) == i:
+            if not updates:
                 old_logprobs.append(logprobs.detach())
-            reference = ref_logprobs[i] if config.beta else None
-            inputs = old_logprobs[i], reference, advantages[rows], loss_mask(chunk, config)
+            ref = ref_logprobs[i] if config.beta else None
+            inputs = old_logprobs[i], ref, advantages[rows], loss_mask(chunk, config)
             loss, stats = grpo_loss(logprobs, *inputs, config, length)
             weight = len(chunk) / len(batch)
             (weight * loss).backward()
@@ -442,8 +443,8 @@ def train_iteration(task: Task, learner: Learner, config: Config) -> tuple[dict,
     problems = distributed.shard(task.problems.draw(config.batch_size, learner.problem_rng))
     questions = [problem.question for problem in problems]
     prompts = encode_prompts(task.tokenizer, questions, task.prompt, device)
-    length, rng = config.max_new_tokens, learner.token_rng
-    batch = rollout(learner.policy, task.tokenizer, prompts, group, length, rng)
+    sampling = task.prompt.max_new_tokens, learner.token_rng
+    batch = rollout(learner.policy, task.tokenizer, prompts, group, *sampling)
     sampled = time.perf_counter()
     answers = [problem.answer for problem in problems for _ in range(group)]
     rewards, parts = reward_function(batch.texts, answers, task.reward_file)

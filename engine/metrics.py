@@ -24,11 +24,14 @@ MAX_SKIPPED = 10  # updates in a row
 
 
 def batch_metrics(
-    batch: Rollout, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor, group: int
+    batch: Rollout, rewards: Tensor, parts: dict[str, Tensor], advantages: Tensor, size: int
 ) -> dict[str, float]:
-    """What the metrics record of a batch; rewards, advantages and each of the parts (B*G,)."""
+    """What the metrics record of a batch of groups of a size G.
+
+    rewards, advantages and each of the parts: (B*G,).
+    """
     lengths = batch.mask.sum(dim=1)  # (B*G,)
-    zero_std = (advantages.view(-1, group) == 0).all(dim=1)  # (B,)
+    zero_std = (advantages.view(-1, size) == 0).all(dim=1)  # (B,)
     return {
         "reward": rewards.mean().item(),
         **{f"reward_{name}": part.mean().item() for name, part in parts.items()},
@@ -89,10 +92,14 @@ def token_texts(tokenizer, ids: list[int]) -> dict[int, str]:
     return {i: two[len(one) :] if two.startswith(one) else one for i, one, two in rows}
 
 
-def fixed_record(problem: Problem, texts: list[str], rewards: RewardFile) -> dict:
+def fixed_record(problem: Problem, texts: list[str], reward_file: RewardFile) -> dict:
     """The answers to one of the fixed questions, equal ones once, the most frequent first."""
     answers = [
-        {"text": text, "count": count, "exact": rewards.score(text, problem.answer)["exact"] == 1}
+        {
+            "text": text,
+            "count": count,
+            "exact": reward_file.score(text, problem.answer)["exact"] == 1,
+        }
         for text, count in Counter(texts).most_common()
     ]
     return {"question": problem.question, "answer": problem.answer, "completions": answers}
@@ -225,9 +232,9 @@ def summary(metrics: dict, output: Path) -> str:
         "saved policy": f"{saved}, after iteration {metrics['best_iteration']} (best validation)",
         "next": f"python inference.py {model}{question}",
     }
-    command = metrics["environment"]["command"].replace(" --resume", "")
+    command = metrics["environment"]["command"]
     if metrics["status"] == "interrupted":
-        lines["to continue"] = f"{command} --resume"
+        lines["to continue"] = command if "--resume" in command else f"{command} --resume"
     if metrics["status"] == "failed":
         lines["next"] = "a smaller --learning_rate or --clip_grad_norm in another --output_dir"
     head = f"\n{metrics['status']} after {len(history)} iterations: {metrics['stop_reason']}"

@@ -61,9 +61,10 @@ def choose_preset(model: str) -> tuple[str, str]:
 
 
 def parse_config(config_class, argv: list[str] | None):
-    """Read a Config, or a class with more settings: flags override the preset, that the defaults.
+    """Read a Config, or a class with more settings, from the command line.
 
-    Prints which preset it is, and why. Raises UserError.
+    Flags override the preset, which overrides the defaults. Prints which preset it is, and why.
+    Raises UserError.
     """
     parser = Parser(config_class, description=config_class.__doc__, allow_abbrev=False)
     preset, reason = parser.parse_args(argv).preset, "named on the command line"

@@ -9,14 +9,15 @@ from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint
 from engine.files import METRICS_FILE, UserError
 from engine.metrics import reason_to_stop
 
-# Environment keys that must match on resume; torch and threads (and the setting
-# micro_batch_size) only print a note.
+# What must be as it was, besides the settings and the weights of the reward's parts.
 COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
-COMPARED += ("policy", "compute_dtype", "torch", "threads")
-# Settings that a resumed run may change, because they change no weight (at a constant rate).
-FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every", "policy"}
+COMPARED += ("policy", "compute_dtype")
+# What changes the last digits only: a note is printed.
+NOTED = ("torch", "threads", "--micro_batch_size")
+# Settings that may change, because they change no weight (num_iterations: at a constant rate).
+FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every"}
 FREE |= {"patience", "max_kl", "log_completions_every"}
-FREE |= {"problems", "rewards"}  # their hashes are compared
+FREE |= {"problems", "rewards", "policy"}  # what they stand for is in COMPARED
 
 
 def finished_run(output: Path) -> dict | None:
@@ -41,6 +42,8 @@ def nothing_to_resume(settings: dict) -> bool:
 def accept_repair(metrics: dict, current: dict) -> None:
     """If a checkpoint's run failed in a file of the user's, record that it is another one now."""
     what = metrics.pop("failed_in", None)
+    if what is None:
+        return
     was, now = (m["environment"].get(f"{what}_sha256") for m in (metrics, current))
     if was != now:
         metrics["environment"][f"{what}_sha256"] = now
@@ -53,8 +56,7 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict[str, Tenso
     """The newest checkpoint of the run to resume, or two empty dicts; `current` are new metrics.
 
     A setting that the checkpoint does not know counts as its default. Raises UserError where a
-    fresh start would overwrite an unfinished run, and where settings other than FREE, the device,
-    the policy class or the base model differ from the checkpoint's.
+    fresh start would overwrite an unfinished run, and where something that counts has changed.
     """
     settings, output = current["config"], Path(current["config"]["output_dir"])
     if not settings["resume"]:
@@ -74,11 +76,11 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict[str, Tenso
     saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
     names = sorted(settings.keys() - free)
     pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
-    pairs |= {n: (environment.get(n), current["environment"][n]) for n in COMPARED}
+    pairs |= {n: (environment.get(n), current["environment"][n]) for n in (*COMPARED, *NOTED[:2])}
     weights = current["reward_weights"]
     pairs["WEIGHTS"] = state["metrics"].get("reward_weights", weights), weights
     changed = {n: f"{n} was {a!r}, is {b!r}" for n, (a, b) in pairs.items() if a != b}
-    for name in ("torch", "threads", "--micro_batch_size"):
+    for name in NOTED:
         if name in changed:
             print(f"note: {changed.pop(name)}; the last digits will differ")
     if changed:

@@ -45,12 +45,12 @@ from engine.problems import RewardFile
 from engine.prompt import check_length, encode_prompts
 from engine.resume import checkpoint_to_resume
 
-# Functions in which an error is due to a file of the user's.
+# An error is due to a file of the user's if one of these functions is in its traceback.
 FAULTS = {RewardFile.score: "rewards", encode_prompts: "problems", check_length: "problems"}
 
 
 def evaluation_seed(config, iteration: int) -> int:
-    """The seed of what is asked after an iteration beside training: another one each time."""
+    """The seed of all that is asked after an iteration, besides training."""
     return 1_000_003 * (config.seed + 1) + iteration
 
 
@@ -99,9 +99,8 @@ class Run:
                     stack.enter_context(files.locked_folder(self.output))
             self.received = stack.enter_context(received_signals())
             self.resume()
-            with distributed.sync_errors():
-                if self.writes:
-                    check_saving(learner.policy.model, task.tokenizer, task.prompt, self.output)
+            saved = learner.policy.model, task.tokenizer, task.prompt, self.output
+            distributed.broadcast_object(check_saving, *saved)
             self.keep_generators()
             self.last_saved, self.last_checkpoint = 0, self.iteration
             self.written = time.monotonic()
@@ -194,7 +193,7 @@ class Run:
             if self.writes:
                 files.cut_lines(self.output / COMPLETIONS_FILE, self.iteration)
             print(f"resuming after iteration {self.iteration}")
-        self.metrics["config"]["resume"] = False
+        self.metrics["config"]["resume"] = False  # as in an uninterrupted run
 
     @property
     def iteration(self) -> int:
