@@ -64,16 +64,16 @@ def choose_policy(
     auto: even the plain one) computes something else. Prints one line that says why.
     """
     classes = {"auto": [TreePolicy, Policy], "tree": [TreePolicy], "plain": [Policy]}[name]
-    prompt_ids, prompt_mask = (x.repeat_interleave(group, dim=0) for x in prompts)
+    prompts = tuple(x.repeat_interleave(group, dim=0) for x in prompts)  # (B*G, P)
     reasons, attention = [], model.config._attn_implementation
     for kind in classes:
         model.set_attn_implementation(attention)  # the one tried before may have changed it
         policy = kind(model)
         policy.max_share = 1.0  # samples at start-up share little, and the tree is to be proven
-        problem = find_mismatch(policy, prompt_ids, prompt_mask, new_tokens)
+        problem = find_mismatch(policy, prompts, new_tokens)
         if problem is None:
             policy = kind(model, dtype)
-            problem = find_failure(policy, prompt_ids, prompt_mask)
+            problem = find_failure(policy, prompts)
         if problem is None:
             print(f"policy {kind.name}: {'; '.join(reasons) or 'matches unpadded forward passes'}")
             return policy
@@ -83,19 +83,14 @@ def choose_policy(
     raise UserError(f"{what}: {'; '.join(reasons)}{remedy}")
 
 
-def sample_to_check(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
-) -> Rollout:
+def sample_to_check(policy: Policy, prompts: tuple[Tensor, Tensor], new_tokens: int) -> Rollout:
     """Sample completions that no token ends, so that a window shorter than that matters."""
-    no_eos, generator = prompt_ids.new_zeros(0), torch.Generator().manual_seed(0)
-    prompts = prompt_ids, prompt_mask
+    no_eos, generator = prompts[0].new_zeros(0), torch.Generator().manual_seed(0)
     ids, mask, sampled, truncated = policy.sample(*prompts, new_tokens, no_eos, generator)
     return Rollout(*prompts, ids, mask.float(), sampled, truncated, [""] * len(ids))
 
 
-def find_mismatch(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, new_tokens: int
-) -> str | None:
+def find_mismatch(policy: Policy, prompts: tuple[Tensor, Tensor], new_tokens: int) -> str | None:
     """Sample with a float32 policy and score the samples: what is wrong, or None.
 
     The first, the middle and the last sample are also scored by an unpadded forward pass each, with
@@ -105,7 +100,7 @@ def find_mismatch(
     attention = model.config._attn_implementation
     try:
         with torch.no_grad():
-            rollout = sample_to_check(policy, prompt_ids, prompt_mask, new_tokens)
+            rollout = sample_to_check(policy, prompts, new_tokens)
             ids, sampled = rollout.completion_ids, rollout.sampled_logprobs
             scored, gaps = torch.zeros_like(sampled), []
             for rows, chunk in policy.micro_batches(rollout):
@@ -117,7 +112,8 @@ def find_mismatch(
             gaps.append((scored - sampled).abs().max())
             model.set_attn_implementation("eager")
             for i in {0, len(ids) // 2, len(ids) - 1}:
-                whole = torch.cat([prompt_ids[i][prompt_mask[i] == 1], ids[i]])[None]
+                prompt = rollout.prompt_ids[i][rollout.prompt_mask[i] == 1]
+                whole = torch.cat([prompt, ids[i]])[None]
                 logits = model(input_ids=whole).logits[0, -1 - new_tokens : -1]
                 rows = torch.arange(new_tokens, device=ids.device)
                 gaps.append((token_logprobs(logits, rows, ids[i]) - scored[i]).abs().max())
@@ -130,10 +126,10 @@ def find_mismatch(
     return None if gap < TOLERANCE else f"changes log-probabilities by {gap:.2g}"
 
 
-def find_failure(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor) -> str | None:
+def find_failure(policy: Policy, prompts: tuple[Tensor, Tensor]) -> str | None:
     """Sample and train on a token each in the policy's own compute type: what fails, or None."""
     try:
-        for _, chunk in policy.micro_batches(sample_to_check(policy, prompt_ids, prompt_mask, 2)):
+        for _, chunk in policy.micro_batches(sample_to_check(policy, prompts, 2)):
             policy(chunk).sum().backward()
         policy.zero_grad()
     except Exception as error:  # third-party code
