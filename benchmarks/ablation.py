@@ -112,7 +112,7 @@ class Settings:
     seeds: int = setting(5, "runs of each variant", 1, len(T) + 1)
     first_seed: int = setting(0, "of the runs; tune on other seeds than those you report", 0)
     iterations: int = setting(100, "of each run", 1)
-    eval_every: int = setting(10, "iterations between validations", 1)
+    eval_every: int = setting(20, "iterations between validations", 1)
     eval_problems: int = setting(512, "problems of a validation and of the test", 1)
     jobs: int = setting(1, "runs at a time", 1)
     output: str = setting("", "result file; by default it goes beside this script")
