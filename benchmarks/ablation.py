@@ -6,7 +6,7 @@
     python benchmarks/ablation.py --study group_rates --first_seed 100 --seeds 2    # their rates
     python benchmarks/ablation.py --vary learning_rate=1e-5,2e-5 --seeds 5    # any setting
 
-A run takes half the preset's problems per batch and 100 iterations, so that it ends before the task
+A run takes half the preset's problems per batch and 60 iterations, so that it ends before the task
 is learned and variants can differ. All variants train with the same seeds, so they draw the same
 problems. Prints two tables: the mean over the seeds, and the difference from the first variant,
 paired by seed. Both give 95% t intervals of the mean. A difference whose interval includes 0 may be
@@ -53,7 +53,7 @@ LOSSES = {
     "corrected KL": ["--kl_correction=True"],
 }
 GROUPS = {size: [f"--num_generations={size}", f"--batch_size={512 // size}"] for size in (2, 8, 32)}
-# The best of `group_rates` on other seeds, and the iterations that take as long as 100 of G = 32.
+# The best of `group_rates` on other seeds, and the iterations that take as long as 60 of G = 32.
 RATES = {2: "1e-4", 8: "1e-4", 32: "1e-4"}
 EQUAL_SECONDS = {2: 50, 8: 75}
 STUDIES = {
@@ -111,7 +111,7 @@ class Settings:
     vary: str = setting("", "setting=value,value,... to compare instead")
     seeds: int = setting(5, "runs of each variant", 1, len(T) + 1)
     first_seed: int = setting(0, "of the runs; tune on other seeds than those you report", 0)
-    iterations: int = setting(100, "of each run", 1)
+    iterations: int = setting(60, "of each run", 1)
     eval_every: int = setting(20, "iterations between validations", 1)
     eval_problems: int = setting(512, "problems of a validation and of the test", 1)
     jobs: int = setting(1, "runs at a time", 1)
