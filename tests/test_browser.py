@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import sys
+from collections import Counter
+from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
@@ -15,10 +17,10 @@ from selenium.webdriver.common.by import By
 sys.path.insert(0, str(ROOT / "docs"))
 import screenshot
 
+import plot_metrics
 from engine.files import COMPLETIONS_FILE, METRICS_FILE
 from engine.problems import LOGPROBS
 from engine.report import REPORT_FILE
-from plot_metrics import main
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,29 +41,34 @@ def browser():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a short run of the bundled model with its report."""
+    """The folder of a short run of the bundled model."""
     folder = tmp_path_factory.mktemp("run")
     finish(folder, "--num_iterations", 6, "--num_generations", 16, "--max_new_tokens", 16)
-    assert main([str(folder / METRICS_FILE)]) == 0
     return folder
 
 
-def logged(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / COMPLETIONS_FILE).read_text().splitlines()]
+@pytest.fixture(scope="module")
+def lines(run):
+    """The groups that the run has logged."""
+    return list(map(json.loads, (run / COMPLETIONS_FILE).read_text().splitlines()))
 
 
 @pytest.fixture
 def page(browser, run):
     """The browser, on the report of the run."""
     screenshot.set_size(browser, 1200)
-    open_page(browser, run)
+    open_report(browser, run, run)
     return browser
 
 
-def open_page(browser, folder) -> None:
+def open_report(browser, output, *runs) -> None:
+    """Write the report of these runs into a folder, and open it."""
+    files = [str(run / METRICS_FILE) for run in runs]
+    with patch.object(plot_metrics, "save_figure"):
+        assert plot_metrics.main([*files, "--output_dir", str(output)]) == 0
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # which forgets what was before
-    browser.get((folder / REPORT_FILE).as_uri())
+    browser.get((output / REPORT_FILE).as_uri())
 
 
 def shown(element) -> str:
@@ -89,8 +96,7 @@ def assert_silent(browser) -> None:
     assert urls == {browser.current_url} and browser.current_url.startswith("file://")
 
 
-def test_slider_and_arrow_keys_walk_through_the_groups(page, run):
-    lines = logged(run)
+def test_slider_and_arrow_keys_walk_through_the_groups(page, lines):
     slider = page.find_element(By.ID, "slider")
     assert text(page, "#at") == "1" and text(page, "#question") == lines[0]["question"]
     slider.send_keys(Keys.ARROW_RIGHT)
@@ -99,15 +105,11 @@ def test_slider_and_arrow_keys_walk_through_the_groups(page, run):
     ActionChains(page).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT).perform()
     assert text(page, "#at") == "3" and text(page, "#question") == lines[2]["question"]
     assert text(page, "#answer") == str(lines[2]["answer"])
-    counts = [int(b.text.split()[0]) for b in page.find_elements(By.CSS_SELECTOR, "#list li b")]
-    texts = [
-        "".join(shown(token) for token in li.find_elements(By.CLASS_NAME, "token"))
-        for li in page.find_elements(By.CSS_SELECTOR, "#list li")
-    ]
-    found = ["".join(row["token_texts"]) for row in lines[2]["completions"]]
-    assert dict(zip(texts, counts, strict=True)) == {t: found.count(t) for t in found}
-    cursors = page.find_elements(By.CSS_SELECTOR, "line.cursor")
-    assert len(cursors) == 7 and len({cursor.get_attribute("x1") for cursor in cursors}) == 1
+    found = Counter("".join(row["token_texts"]) for row in lines[2]["completions"])
+    items = page.find_elements(By.CSS_SELECTOR, "#list li")
+    texts = ["".join(map(shown, item.find_elements(By.CLASS_NAME, "token"))) for item in items]
+    counts = [int(item.find_element(By.TAG_NAME, "b").text.split()[0]) for item in items]
+    assert dict(zip(texts, counts, strict=True)) == found
     asked = sum((fixed["completions"] for fixed in lines[2]["fixed"]), [])
     answers = page.find_elements(By.CSS_SELECTOR, "#fixed li .text")
     assert [shown(answer) for answer in answers] == [c["text"] for c in asked]
@@ -117,13 +119,11 @@ def test_slider_and_arrow_keys_walk_through_the_groups(page, run):
     assert_silent(page)
 
 
-def test_a_token_shows_its_numbers(page, run):
-    best = max(logged(run)[0]["completions"], key=lambda row: row["advantage"])
+def test_a_token_shows_its_numbers(page, lines):
     item = page.find_element(By.CSS_SELECTOR, "#list li")
     tokens = item.find_elements(By.CSS_SELECTOR, ".token")
-    same = [r for r in logged(run)[0]["completions"] if r["advantage"] == best["advantage"]]
-    texts = [shown(token) for token in tokens]
-    row = next(r for r in same if r["token_texts"] == texts)
+    texts = list(map(shown, tokens))
+    row = next(r for r in lines[0]["completions"] if r["token_texts"] == texts)
 
     def check(i: int) -> None:
         sampled, updated, ref = (row[name][i] for name in LOGPROBS)
@@ -131,114 +131,61 @@ def test_a_token_shows_its_numbers(page, run):
         assert json.dumps(texts[i]) in told
         shares = [float(number) / 100 for number in re.findall(r"([\d.]+)%", told)]
         assert shares == pytest.approx([math.exp(x) for x in (sampled, updated, ref)], rel=1e-2)
-        ratio, kl, advantage = re.search(
-            r"ratio (\S+) KL term (\S+) advantage (\S+)", told
-        ).groups()
-        assert float(ratio) == pytest.approx(math.exp(updated - sampled), abs=1e-4)
+        numbers = re.search(r"ratio (\S+) KL term (\S+) advantage (\S+)", told).groups()
+        ratio, kl, advantage = (float(number.replace("−", "-")) for number in numbers)
+        assert ratio == pytest.approx(math.exp(updated - sampled), abs=1e-4)
         expected = math.exp(ref - sampled) - (ref - sampled) - 1
-        assert float(kl) == pytest.approx(expected, rel=1e-2, abs=1e-7)
-        assert float(advantage.replace("−", "-")) == pytest.approx(row["advantage"], abs=6e-3)
+        assert kl == pytest.approx(expected, rel=1e-2, abs=1e-7)
+        assert advantage == pytest.approx(row["advantage"], abs=6e-3)
 
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", item)
     ActionChains(page).move_to_element(tokens[1]).perform()
     check(1)
     page.execute_script("arguments[0].focus()", tokens[0])
-    check(0)
     ActionChains(page).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
     check(2)
     assert text(page, "#at") == "1"  # the arrow keys stayed with the tokens
     assert_silent(page)
 
 
-def test_the_tree_has_branches_as_wide_as_their_share(page, run):
-    rows = [row["token_texts"] for row in logged(run)[0]["completions"]]
+def test_the_tree_has_branches_as_wide_as_their_share(page, lines):
     tree, box = page.find_element(By.ID, "tree"), page.find_element(By.ID, "list")
     assert not tree.is_displayed() and box.is_displayed()
     choose_view(page, "tree")
     assert tree.is_displayed() and not box.is_displayed()
     unit = float(tree.find_element(By.TAG_NAME, "svg").get_attribute("height")) - 2
-    heights = {}
-    for branch in tree.find_elements(By.TAG_NAME, "g"):
-        label = branch.get_attribute("aria-label")
-        count = int(re.search(r": (\d+) of 16 completions", label)[1])
-        rect = branch.find_element(By.TAG_NAME, "rect")
-        assert float(rect.get_attribute("height")) == pytest.approx(unit * count / 16)
-        left = float(rect.get_attribute("x"))
-        heights[left] = heights.get(left, 0) + count
-    assert heights[1] == 16
-    leaves = {tuple(row) for row in rows}
-    assert len(tree.find_elements(By.TAG_NAME, "g")) >= len(leaves) > 1
-    branch = tree.find_element(By.TAG_NAME, "g")
-    ActionChains(page).move_to_element(branch).perform()
-    assert text(page, "#readout") == branch.get_attribute("aria-label")
+    branches = tree.find_elements(By.TAG_NAME, "g")
+    for branch in branches:
+        count = re.search(r": (\d+) of 16 completions", branch.get_attribute("aria-label"))[1]
+        height = branch.find_element(By.TAG_NAME, "rect").get_attribute("height")
+        assert float(height) == pytest.approx(unit * int(count) / 16)
+    leaves = {tuple(row["token_texts"]) for row in lines[0]["completions"]}
+    assert len(branches) >= len(leaves) > 1
+    ActionChains(page).move_to_element(branches[0]).perform()
+    assert text(page, "#readout") == branches[0].get_attribute("aria-label")
     assert_silent(page)
 
 
-def test_a_curve_reads_the_iteration_under_the_pointer(page, run):
-    chart = page.find_element(By.CSS_SELECTOR, "#curves svg")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
-    ActionChains(page).move_to_element(chart).perform()  # LEFT + RIGHT = 390 of 360: behind 3
-    reward = read_metrics(run)["iterations"][2]["reward"]
-    told = re.search(r"this iteration (\S+)", text(page, "#curves figcaption"))[1]
-    assert float(told) == pytest.approx(reward, rel=6e-3)
-    ActionChains(page).click().perform()
-    assert text(page, "#at") == "3"
-    assert_silent(page)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_contrasts_with_what_is_behind_it(page, scheme):
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    mixes = [f"color-mix(in srgb, var(--{end}) 45%, var(--line))" for end in ("good", "bad")]
-    pairs = [("ink", f"var(--{name})") for name in ("page", "panel", "unlikely")]
-    pairs += [("soft", "var(--page)"), ("soft", "var(--panel)"), *(("ink", mix) for mix in mixes)]
-    paint = """const probe = document.body.appendChild(document.createElement("i"));
-        const dot = new OffscreenCanvas(1, 1).getContext("2d");
-        const rgb = (colour) => {
-          probe.style.color = colour;
-          dot.fillStyle = getComputedStyle(probe).color;
-          dot.fillRect(0, 0, 1, 1);
-          return [...dot.getImageData(0, 0, 1, 1).data];
-        };
-        return arguments[0].map(([text, back]) => [rgb(`var(--${text})`), rgb(back)]);"""
-
-    def luminance(rgb: list[int]) -> float:
-        parts = [c / 255 for c in rgb[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    for pair, colours in zip(pairs, page.execute_script(paint, pairs), strict=True):
-        dark, light = sorted(map(luminance, colours))
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair  # WCAG AA
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-@pytest.mark.parametrize("view", ["list", "tree"])
-def test_nothing_scrolls_sideways_at_400_pixels(page, view):
+def test_nothing_scrolls_sideways_at_400_pixels(page):
     screenshot.set_size(page, 400)
-    choose_view(page, view)
-    width = page.execute_script("return document.documentElement.scrollWidth")
-    assert width <= 400
+    for view in ("list", "tree"):
+        choose_view(page, view)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 400
 
 
-def test_what_a_model_says_is_shown_and_never_run(browser, run, tmp_path):
-    for name in (METRICS_FILE, COMPLETIONS_FILE):
-        shutil.copy(run / name, tmp_path)
-    group, *_ = logged(run)
-    row = group["completions"][0] | {"text": HOSTILE, "token_texts": [HOSTILE], "advantage": 9.0}
+def test_what_a_model_says_is_shown_and_never_run(browser, run, lines, tmp_path):
+    row = lines[0]["completions"][0] | {"text": HOSTILE, "token_texts": [HOSTILE]}
     row |= {name: [-0.5] for name in LOGPROBS}
-    group |= {"question": HOSTILE, "answer": HOSTILE, "completions": [row]}
-    group["fixed"] = [{**group["fixed"][0], "question": HOSTILE}]
-    group["fixed"][0]["completions"] = [{"text": HOSTILE, "count": 16, "exact": False}]
-    (tmp_path / COMPLETIONS_FILE).write_text(json.dumps(group) + "\n")
+    answer = {"text": HOSTILE, "count": 16, "exact": False}
+    fixed = {"question": HOSTILE, "answer": 1, "completions": [answer]}
+    group = {"question": HOSTILE, "answer": HOSTILE, "completions": [row], "fixed": [fixed]}
+    (tmp_path / COMPLETIONS_FILE).write_text(json.dumps(lines[0] | group) + "\n")
     metrics = read_metrics(run)
     example = {"question": HOSTILE, "completion": HOSTILE, "exact": True}
     metrics["evaluations"][0]["example"] = example
     metrics["config"]["system_prompt"] = HOSTILE
     (tmp_path / METRICS_FILE).write_text(json.dumps(metrics))
-    assert main([str(tmp_path / METRICS_FILE)]) == 0
-    open_page(browser, tmp_path)
+    open_report(browser, tmp_path, tmp_path)
     for view in ("tree", "list"):
         choose_view(browser, view)
     ActionChains(browser).move_to_element(browser.find_element(By.CLASS_NAME, "token")).perform()
@@ -249,20 +196,12 @@ def test_what_a_model_says_is_shown_and_never_run(browser, run, tmp_path):
     assert_silent(browser)
 
 
-def test_runs_of_older_code_and_several_runs_are_shown(browser, run, tmp_path):
+def test_several_runs_and_those_of_older_code_are_shown(browser, run, tmp_path):
     screenshot.set_size(browser, 1200)
-    for name in (METRICS_FILE, COMPLETIONS_FILE):
-        shutil.copy(ROOT / "results/healthy/good" / name, tmp_path)
-    assert main([str(tmp_path / METRICS_FILE)]) == 0
-    open_page(browser, tmp_path)
-    assert "<answer>" in text(browser, "#list")
-    assert not browser.find_element(By.ID, "views").is_displayed()
-    assert not browser.find_element(By.ID, "fixed").is_displayed()
-    assert_silent(browser)
-    both = [str(folder / METRICS_FILE) for folder in (run, tmp_path)]
-    assert main([*both, "--output_dir", str(tmp_path)]) == 0
-    open_page(browser, tmp_path)
+    old = ROOT / "results/healthy/good"
+    for runs, absent in ([old], ("views", "fixed")), ([old, run], ("replay",)):
+        open_report(browser, tmp_path, *runs)
+        for part in absent:
+            assert not browser.find_element(By.ID, part).is_displayed()
+        assert_silent(browser)
     assert text(browser, "h1") == "2 GRPO runs"
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#curves path")) == 10
-    assert not browser.find_element(By.ID, "replay").is_displayed()
-    assert_silent(browser)
