@@ -2,24 +2,22 @@
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import run_script
-from torch.distributions import StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablation, gpu, roofline
-from benchmarks.common import WORKS, Work, recorded_rollouts, start, worst_case, write_random_model
+from benchmarks import ablation
+from benchmarks.common import WORKS, Work, recorded_rollouts, start, write_random_model
 from benchmarks.operations import needed_passes
 from benchmarks.turns import make_trainer
 from engine.files import UserError
 from engine.models import eos_token_ids
 from engine.policy import Rollout
-from engine.presets import PRESETS
 from engine.prompt import encode_prompts
-from train_grpo import parse_config, reward_function, train_iteration
+from train_grpo import train_iteration
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -36,9 +34,7 @@ def prefixes(batch: Rollout) -> set[tuple[int, ...]]:
     return {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"max_new_tokens": 1}, {"num_inner_updates": 1}, {"batch_size": 1}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"max_new_tokens": 1}], ids=str)
 def test_needed_operations_are_those_pytorch_counts(changes, tmp_path):
     model = write_random_model(WORK.config.model_name, tmp_path / "model", **SHAPE)
     config = replace(WORK.config, model_name=model, num_generations=4, **changes)
@@ -54,44 +50,6 @@ def test_needed_operations_are_those_pytorch_counts(changes, tmp_path):
     assert counts.keys() == {torch.ops.aten.bmm} and attention < counts[torch.ops.aten.bmm]
     forward = 4 * (6 * 8) * 3 * sum(map(len, prefixes(batch)))
     assert attention == (2 + 3 * config.num_inner_updates) * forward
-
-
-def test_endless_work_samples_no_end_token_and_shares_nothing(tmp_path):
-    work = worst_case(WORK, tmp_path)
-    task, learner = start(work)
-    model, length = learner.policy.model, work.config.max_new_tokens
-    assert min(eos_token_ids(model, task.tokenizer)) >= model.config.vocab_size
-    with recorded_rollouts() as rollouts:
-        train_iteration(task, learner, work.config)
-    [batch] = rollouts
-    prompts = replace(batch, mask=torch.zeros_like(batch.mask))
-    distinct = len(prefixes(batch)) - len(prefixes(prompts))
-    assert batch.mask.shape == (96, length) and distinct > 0.95 * 96 * (length - 1)
-
-
-def test_roofline_repeats_one_iteration_and_misses_no_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline, "time_product", lambda *arguments: 1e-3)
-    output = tmp_path / "roofline.json"
-    with recorded_rollouts() as rollouts:
-        assert roofline.main(["--iterations", "1", "--output", str(output)]) == 0
-    assert rollouts[0].completion_ids.equal(rollouts[1].completion_ids)
-    seconds = json.loads(output.read_text())["seconds"]
-    assert all(part > 0 for part in seconds.values())
-    assert sum(seconds.values()) == pytest.approx(2 * seconds["all"], rel=1e-4)
-
-
-def test_gpu_times_tree_and_plain_and_skips_absent_models(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PRESETS["smollm2"], "model_name", str(tmp_path / "absent"))
-    monkeypatch.setitem(PRESETS["tiny"], "num_generations", 2)
-    output = tmp_path / "gpu.json"
-    assert gpu.main(["--iterations", "1", "--device", "cpu", "--output", str(output)]) == 0
-    assert f"skipped smollm2: there is no {tmp_path}/absent" in capsys.readouterr().out
-    runs = json.loads(output.read_text())["runs"]
-    assert [run["policy"] for run in runs] == ["tree", "plain"]
-    for run in runs:
-        assert sum(run["seconds"].values()) == pytest.approx(2 * run["seconds"]["all"], rel=1e-4)
-        assert all(part > 0 for part in run["seconds"].values()) and run["memory_mib"] > 100
-        assert 0 < run["logprob_mismatch"] < 0.5
 
 
 def test_time_to_goal_ends_at_the_first_validation_there():
@@ -115,38 +73,6 @@ def test_tables_pair_runs_by_seed_with_intervals_of_students_t():
         *("-15 ± 64 (2 of 3 runs)", "0 of 3 runs"),
     ]
     assert means[2].endswith(" | 25.0 ± 0.0 | 25.0 ± 0.0 | 0.250 ± 0.000 |")
-    for freedom, t in enumerate(ablation.T, start=1):
-        x = torch.linspace(0, t, 20_001, dtype=torch.float64)
-        density = StudentT(torch.tensor(freedom, dtype=x.dtype)).log_prob(x).exp()
-        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=3e-5), freedom
-
-
-def test_each_variant_changes_only_what_its_name_says():
-    preset, variants = asdict(parse_config(["--preset=tiny"])).items(), ablation.LOSSES
-    configs = {name: parse_config(["--preset=tiny", *flags]) for name, flags in variants.items()}
-    assert {name: asdict(config).items() - preset for name, config in configs.items()} == {
-        "GRPO": set(),
-        "Dr. GRPO": {("loss_type", "dr_grpo"), ("scale_rewards", "none")},
-        "DAPO's loss, clip-higher": {("loss_type", "dapo"), ("epsilon_high", 0.28)},
-        "GSPO": {("importance_level", "sequence"), ("epsilon", 3e-4), ("epsilon_high", 4e-4)},
-        "CISPO": {("loss_type", "cispo"), ("epsilon_high", 4.0)},
-        "standard deviation of the batch": {("scale_rewards", "batch")},
-        "beta 0": {("beta", 0.0)},
-        "k3_inverse": {("kl_estimator", "k3_inverse")},
-        "corrected KL": {("kl_correction", True)},
-    }
-    assert ablation.STUDIES["off_policy"].keys() == variants.keys()
-    for flags in ablation.STUDIES["groups"].values():
-        config = parse_config(["--preset=tiny", *flags])
-        assert config.batch_size * config.num_generations == 512
-
-
-@pytest.mark.parametrize(
-    "text, complaint", [("seed=1,2", "no setting"), ("beta=", "values"), ("beta=-1", "at least 0")]
-)
-def test_what_cannot_be_varied_is_named(text, complaint):
-    with pytest.raises(UserError, match=complaint):
-        ablation.read_vary(text)
 
 
 @pytest.mark.slow
@@ -156,10 +82,9 @@ def test_ablation_trains_each_variant_and_repeats_no_run(tmp_path, monkeypatch):
     flags = [*flags.split(), "--output", str(output)]
     assert ablation.main(flags) == 0
     runs = json.loads(output.read_text())["runs"]
-    assert list(runs) == ["beta=0", "beta=0.04"]
-    for done in runs.values():
-        assert list(done) == ["0"] and 0 <= done["0"]["greedy"] <= 1 and done["0"]["kl"] > 0
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    seeds = {label: list(done) for label, done in runs.items()}
+    assert seeds == {"beta=0": ["0"], "beta=0.04": ["0"]}
+    assert output.with_suffix(".png").exists()
     monkeypatch.setattr(ablation, "train", None)  # a run would fail
     assert ablation.main(flags) == 0
     with pytest.raises(UserError, match="holds runs with"):
@@ -187,15 +112,8 @@ def test_trl_gets_the_same_prompts_in_the_same_order(trainer):
             assert tuple(json.loads(row["answer"]) for row in rows) == answers
 
 
-def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
-    (task, learner), config = start(ASKED), ASKED.config
-    texts, answers = ["<answer>4</answer>", "<answer>3</answer>", "4", "<answer>"], [4, 4, 4, 4]
-    ids = task.tokenizer(texts, add_special_tokens=False).input_ids
-    given = {"completion_ids": ids, "answer": list(map(json.dumps, answers))}
-    parts = torch.tensor([function(**given) for function in trainer.reward_funcs])
-    rewards, _ = reward_function(texts, answers, task.reward_file)
-    torch.testing.assert_close(trainer.reward_weights @ parts, rewards)
-
+def test_trl_gets_the_same_weights_optimizer_and_end_tokens(trainer):
+    task, learner = start(ASKED)
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is type(learner.optimizer)
     for name in ("lr", "betas", "eps", "fused", "weight_decay"):
@@ -207,11 +125,6 @@ def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
     assert trainer.eos_token_ids == eos_token_ids(learner.policy.model, task.tokenizer)
     endless = make_trainer(replace(ASKED, endless=True))
     assert min(endless.eos_token_ids) >= endless.model.config.vocab_size
-    assert trainer.max_completion_length == config.max_new_tokens
-    assert trainer.num_iterations == config.num_inner_updates
-    assert trainer.args.steps_per_generation == trainer.args.gradient_accumulation_steps == 1
-    assert (trainer.beta, trainer.epsilon_low, trainer.epsilon_high) == (0.04, 0.2, 0.2)
-    assert (trainer.loss_type, trainer.scale_rewards) == ("grpo", "group")
 
 
 @pytest.mark.slow
