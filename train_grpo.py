@@ -44,7 +44,6 @@ from engine.prompt import Prompt, check_length, decode, encode_prompts, make_pro
 from engine.resume import nothing_to_resume
 from engine.run import Run, evaluation_seed
 from engine.startup import load_policy
-from plot_metrics import draw
 from rewards import score
 
 
@@ -537,6 +536,8 @@ def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> N
 
 def train(config: Config) -> int:
     """Train, or resume a run; its files go to config.output_dir. Returns the exit code."""
+    from plot_metrics import draw  # late: asking a model needs no matplotlib
+
     task, learner = set_up(config)
     with Run(config, task, learner) as run:
 

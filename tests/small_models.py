@@ -17,19 +17,26 @@ VOCABULARY = 64
 WINDOW = 5  # of sliding attention: shorter than any sequence the tests use
 
 WIDE = {"initializer_range": 0.2}
-ROPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    **WIDE,
-}
+ROPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **WIDE}
+ROPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SLIDING = {**ROPE, "sliding_window": WINDOW}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+# Low enough to bend most values; only the eager kernel caps attention.
+CAPPED = {**SLIDING, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0}
+CAPPED |= {"query_pre_attn_scalar": 8, "attn_implementation": "eager"}
+GPT_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW, **WIDE}
+CHUNKED = {**ROPE, "attention_chunk_size": 8, "no_rope_layers": [1, 0]}
+CHUNKED |= {"layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2}
+CHUNKED |= {"num_experts_per_tok": 1, "intermediate_size_mlp": 64, "moe_layers": []}
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **WIDE}
 MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+GRANITE = {**{k: v for k, v in ROPE.items() if k != "head_dim"}, **MAMBA_HEADS}
+GRANITE |= {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
+GRANITE |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+DELTA = {**ROPE, "layer_types": ["linear_attention", "full_attention"], "num_experts": 0}
+DELTA |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "mlp_only_layers": [0, 1]}
+DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 
 # By name: the class of the config, and its settings.
 ATTENTION = {  # attends by the mask it is given: what TreePolicy can read
@@ -41,17 +48,7 @@ ATTENTION = {  # attends by the mask it is given: what TreePolicy can read
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **WIDE}),
     "gpt_neox": ("GPTNeoX", {k: v for k, v in ROPE.items() if k != "num_key_value_heads"}),
     "mistral": ("Mistral", SLIDING),
-    "gemma2": (
-        "Gemma2",
-        {
-            **SLIDING,
-            "query_pre_attn_scalar": 8,
-            # Low enough to bend most values; only the eager kernel caps attention.
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 2.0,
-            "attn_implementation": "eager",
-        },
-    ),
+    "gemma2": ("Gemma2", CAPPED),
     "gemma3": ("Gemma3Text", MIXED),
     "smollm3": ("SmolLM3", {**MIXED, "use_sliding_window": True}),
     "olmo2": ("Olmo2", ROPE),
@@ -59,63 +56,18 @@ ATTENTION = {  # attends by the mask it is given: what TreePolicy can read
     "stablelm": ("StableLm", ROPE),
 }
 OTHERS = {
-    "gpt_neo": (
-        "GPTNeo",
-        {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": WINDOW,
-            "max_position_embeddings": 64,
-            **WIDE,
-        },
-    ),
+    "gpt_neo": ("GPTNeo", GPT_NEO),
     # Attends within chunks of positions, which the tree's mask does not reproduce.
-    "llama4": (
-        "Llama4Text",
-        {
-            **ROPE,
-            "attention_chunk_size": 8,
-            "layer_types": ["chunked_attention", "full_attention"],
-            "no_rope_layers": [1, 0],
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "intermediate_size_mlp": 64,
-            "moe_layers": [],
-        },
-    ),
+    "llama4": ("Llama4Text", CHUNKED),
     # Takes no position_ids: it derives distances from the attention mask.
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **WIDE}),
 }
 RECURRENT = {
     "mamba2": ("Mamba2", {**MAMBA, "num_heads": 8, "head_dim": 8}),
     "lfm2": ("Lfm2", {**ROPE, "layer_types": ["conv", "full_attention"]}),
-    "granite_hybrid": (
-        "GraniteMoeHybrid",
-        {
-            **{k: v for k, v in ROPE.items() if k != "head_dim"},
-            **MAMBA_HEADS,
-            "layer_types": ["mamba", "attention"],
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 64,
-        },
-    ),
+    "granite_hybrid": ("GraniteMoeHybrid", GRANITE),
     "falcon_h1": ("FalconH1", {**ROPE, **MAMBA_HEADS, "mamba_d_ssm": 64}),
-    "qwen3_next": (
-        "Qwen3Next",
-        {
-            **ROPE,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 0,
-            "mlp_only_layers": [0, 1],
-        },
-    ),
+    "qwen3_next": ("Qwen3Next", DELTA),
 }
 MAMBA_1 = {"mamba": ("Mamba", MAMBA)}  # cannot be decoded behind left padding
 CONFIGS = {**ATTENTION, **OTHERS, **RECURRENT, **MAMBA_1}

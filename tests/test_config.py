@@ -1,17 +1,13 @@
 """The reference recipe, presets and flags, and values that cannot work."""
 
-import json
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, run_script
+from conftest import run_script
 
-import inference
-import plot_metrics
-import train_grpo
 from engine import distributed
-from engine.files import UserError, exit_code
+from engine.files import UserError
 from engine.machine import choose_dtype
 from engine.presets import PRESETS, parse_config
 from train_grpo import Arithmetic, Config
@@ -75,39 +71,6 @@ def test_three_processes_refuse_an_uneven_batch(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--batch_size 4: must be a multiple of 3"):
         parse_config(Config, ["--preset", "tiny", "--batch_size", "4"])
-
-
-BAD_INPUT = {  # besides settings out of their limits and damaged models: test_fuzz.py
-    "unknown flag": (train_grpo, "--learning_rat 1", "--learning_rat"),
-    "empty range": (train_grpo, "--min_operand 5 --max_operand 3", "--min_operand 5"),
-    "too few problems": (train_grpo, "--min_operand 2 --max_operand 2", "widen"),
-    "model not fetched": (train_grpo, "--model_name models/x", "python fetch_model.py"),
-    "empty folder": (train_grpo, "--model_name empty", "config.json"),
-    "output is a file": (train_grpo, "--output_dir file/out", "file/out"),
-    "missing metrics": (plot_metrics, "none.json", "none.json"),
-    "truncated metrics": (plot_metrics, "cut.json", "cut.json"),
-    "foreign metrics": (plot_metrics, "foreign.json", "foreign.json"),
-    "greedy majority": (inference, "--num_samples 2 --temperature 0 1?", "--temperature 0"),
-    "empty question": (inference, f"--model={TINY} ", "empty"),
-}
-
-
-@pytest.mark.parametrize("script, flags, complaint", BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_error_and_changes_no_file(
-    script, flags, complaint, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("a file, not a folder")
-    (tmp_path / "cut.json").write_text('{"config": {"seed": 0}, "iterations": [{"rew')
-    (tmp_path / "foreign.json").write_text(json.dumps({"iterations": [{"loss": 1}]}))
-    monkeypatch.chdir(tmp_path)
-    preset = ["--preset", "tiny"] if script is train_grpo else []
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert exit_code(lambda: script.main([*preset, *flags.split(" ")])) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) <= 2  # inference.py first names its model
-    assert lines[-1].startswith("error: ") and complaint in lines[-1]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

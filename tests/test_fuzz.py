@@ -9,9 +9,13 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 
+import evaluate
 import inference
+import plot_metrics
 import train_grpo
 from engine.files import exit_code
 
@@ -37,10 +41,35 @@ def refuse(main, argv: list[str], folder, capsys) -> str:
     return err[0]
 
 
+BUNDLED = f"--model={TINY}"
+BAD_FLAGS = {
+    "unknown flag": (train_grpo, "--learning_rat 1", "--learning_rat"),
+    "empty range": (train_grpo, "--min_operand 5 --max_operand 3", "--min_operand 5"),
+    "too few problems": (train_grpo, "--min_operand 2 --max_operand 2", "widen"),
+    "model not fetched": (train_grpo, "--model_name models/x", "python fetch_model.py"),
+    "empty folder": (train_grpo, "--model_name empty", "config.json"),
+    "output is a file": (train_grpo, "--output_dir grpo_metrics.json/out", "/out"),
+    "missing metrics": (plot_metrics, "none.json", "none.json"),
+    "damaged metrics": (plot_metrics, "grpo_metrics.json", "grpo_metrics.json"),
+    "foreign metrics": (plot_metrics, "foreign.json", "foreign.json"),
+    "greedy majority": (inference, "--num_samples 2 --temperature 0 1?", "--temperature 0"),
+    "empty question": (inference, f"{BUNDLED} ", "empty"),
+    "no sample": (evaluate, f"{BUNDLED} --num_samples 0", "--num_samples"),
+    "no problem": (evaluate, f"{BUNDLED} --eval_problems 0", "--eval_problems"),
+}
+
+
+@pytest.mark.parametrize("script, flags, complaint", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_flags_that_cannot_work_are_refused(workplace, capsys, script, flags, complaint):
+    (workplace / "empty").mkdir()
+    (workplace / "foreign.json").write_text('{"iterations": [{"loss": 1}]}')
+    preset = ["--preset", "tiny"] if script is train_grpo else []
+    assert complaint in refuse(script.main, [*preset, *flags.split(" ")], workplace, capsys)
+
+
 TEXTS = [
     *("--preset=small", "--resume=maybe", "--system_prompt=\x1b[31m", "--output_dir=a\0b"),
-    *("--model_name=/no/such/model", "--model_name=a/../b", "--problems=none", "--rewards=none"),
-    *("--device=tpu", "--device=cuda:99", "--device=", '--chat_template_kwargs=["a"]'),
+    *("--model_name=a/../b", "--device=tpu", "--device=cuda:99", "--device="),
 ]
 
 
@@ -64,8 +93,8 @@ def test_settings_out_of_their_limits_are_refused(workplace, capsys):
 def test_hostile_questions_are_refused(workplace, capsys, monkeypatch, question):
     text = io.BytesIO(question.encode("utf-8", "surrogatepass"))  # the last is no UTF-8
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(text, "utf-8"))
-    refuse(inference.main, [f"--model={TINY}"], workplace, capsys)
-    refuse(inference.main, [f"--model={TINY}", "--", question], workplace, capsys)
+    refuse(inference.main, [BUNDLED], workplace, capsys)
+    refuse(inference.main, [BUNDLED, "--", question], workplace, capsys)
 
 
 class Bomb:
@@ -78,9 +107,20 @@ def pickle_weights(model) -> None:
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+def holding(name: str, dtype: torch.dtype):
+    def edit(model) -> None:
+        weights = load_file(model / "model.safetensors") | {name: torch.ones(1).to(dtype)}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
 def leave_an_adapter(model) -> None:
     (model / "config.json").rename(model / "adapter_config.json")
-    (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+
+
+def leave_a_pointer(model) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
 
 
 def edited(file: str, **changes):
@@ -97,12 +137,18 @@ def template(text: str):
 
 CODE = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CUSTOM_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": CODE}
+GPTQ = {"quant_method": "gptq"}  # a package that is not installed
+QUANTISED = "its weights are quantised; name the unquantised model"
 LOADING = "cannot be loaded: "  # and what transformers says
 DAMAGE = {
     "a pickle": (pickle_weights, "convert them to safetensors"),
     "own code": (edited("config.json", model_type="x", auto_map=CODE), "custom code"),
     "own tokenizer": (edited("tokenizer_config.json", **CUSTOM_TOKENIZER), "custom code"),
     "an adapter": (leave_an_adapter, "merge it into its base model"),
+    "a pointer of Git LFS": (leave_a_pointer, "git lfs pull"),
+    "quantised weights": (holding("model.norm.weight", torch.float8_e4m3fn), QUANTISED),
+    "scales of quantised weights": (holding("model.norm.weight_scale", torch.float32), QUANTISED),
+    "a quantised config": (edited("config.json", quantization_config=GPTQ), QUANTISED),
     "another kind of model": (edited("config.json", model_type="bert"), "lack weights"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), LOADING),
     "truncated weights": (lambda m: os.truncate(m / "model.safetensors", 100_000), LOADING),

@@ -2,25 +2,24 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
 from conftest import TINY
-from processes import finish, printed, read_metrics, start, torchrun
+from processes import finish
 from safetensors.torch import load_file, save_file
-from small_models import random_ids
+from small_models import nearby
 
 from engine.files import UserError
-from engine.metrics import no_signal
-from engine.models import check_saving, load_model
+from engine.models import check_saving, load_model, save_model
 from engine.policy import Policy
 from engine.prompt import Prompt, check_prompt, decode, encode_prompts, longest_last, read_prompt
 from rewards import score
-from train_grpo import rollout
+from train_grpo import answer_questions
 
 CPU = torch.device("cpu")
-PROMPTS = [random_ids(length, seed=length) for length in (4, 9)]
 SHORT = ("--num_iterations", 1, "--eval_every", 0, "--eval_problems", 4)
 
 
@@ -36,86 +35,21 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps({n: value for n, value in content.items() if value is not None}))
 
 
-def rewrite_weights(model, change) -> None:
-    weights = load_file(model / "model.safetensors")
-    save_file(change(weights), model / "model.safetensors", metadata={"format": "pt"})
-
-
-def quantised(dtype, scale: bool):
-    def change(weights: dict) -> dict:
-        name = "model.layers.0.mlp.up_proj.weight"
-        scales = {f"{name}_scale_inv": torch.ones(1)} if scale else {}
-        return weights | {name: weights[name].to(dtype)} | scales
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        quantised(torch.float8_e4m3fn, scale=True),
-        quantised(torch.float8_e4m3fn, scale=False),
-        quantised(torch.int8, scale=False),
-        quantised(torch.float32, scale=True),
-    ],
-)
-def test_quantised_weights_are_refused_by_what_the_file_holds(model, change):
-    rewrite_weights(model, change)
-    with pytest.raises(UserError, match="up_proj.weight.* quantised; name the unquantised model"):
-        load_model(str(model), CPU)
-
-
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
-def test_quantised_configs_are_refused_before_their_package_is_asked_for(model, method):
-    edit(model / "config.json", quantization_config={"quant_method": method})
-    with pytest.raises(UserError, match="its weights are quantised; name the unquantised model"):
-        load_model(str(model), CPU)
-
-
-def leave_an_adapter(model) -> None:
-    (model / "config.json").rename(model / "adapter_config.json")
-
-
-def leave_a_pickle(model) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def leave_a_pointer(model) -> None:
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid ...")
-
-
-@pytest.mark.parametrize(
-    "damage, remedy",
-    [
-        (leave_an_adapter, "merge it into its base model"),
-        (leave_a_pickle, "convert them to safetensors"),
-        (leave_a_pointer, "git lfs pull"),
-    ],
-)
-def test_files_that_are_no_weights_say_what_to_do(model, damage, remedy):
-    damage(model)
-    with pytest.raises(UserError, match=remedy):
-        load_model(str(model), CPU)
-
-
 def test_weights_that_the_model_does_not_use_are_named(model, capsys):
-    rewrite_weights(model, lambda weights: weights | {"value_head.weight": torch.ones(3)})
+    weights = load_file(model / "model.safetensors") | {"value_head.weight": torch.ones(3)}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     load_model(str(model), CPU)
     assert "does not use: value_head.weight" in capsys.readouterr().out
 
 
-def test_a_model_that_is_saved_otherwise_is_refused(tiny, tmp_path, monkeypatch):
+def test_a_model_that_is_saved_otherwise_is_refused(tiny, tmp_path):
     parts = tiny[0].model, tiny[1], read_prompt(str(TINY)), tmp_path
     check_saving(*parts)
-    assert list(tmp_path.iterdir()) == []
-    whole = transformers.PreTrainedModel.save_pretrained
-
-    def rounding(model, folder):
-        whole(model, folder)
-        rewrite_weights(folder, lambda weights: {n: w.bfloat16() for n, w in weights.items()})
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", rounding)
-    with pytest.raises(UserError, match="not saved as it is: .* differ"):
+    other = nearby(tiny[0]).model
+    loads_another = patch.object(
+        transformers.AutoModelForCausalLM, "from_pretrained", return_value=other
+    )
+    with loads_another, pytest.raises(UserError, match="not saved as it is: .* differ"):
         check_saving(*parts)
     assert list(tmp_path.iterdir()) == []
 
@@ -154,27 +88,20 @@ def test_a_vision_tower_is_neither_trained_nor_lost(multimodal, tmp_path):
         finish(tmp_path / "long", *flags, "--max_new_tokens", 200)
 
 
-@pytest.mark.slow
-def test_two_processes_train_beside_a_vision_tower(multimodal, tmp_path):
-    (tmp_path / "run").mkdir()
-    process = start(tmp_path / "run", "--model_name", multimodal, *SHORT, launcher=torchrun(2))
-    assert process.wait(timeout=200) == 0, printed(tmp_path / "run")
-    assert read_metrics(tmp_path / "run")["status"] == "finished"
-
-
 def test_the_tokenizers_end_token_ends_completions_too(model, tiny, capsys):
     for file in ("config.json", "generation_config.json"):
         edit(model / file, eos_token_id=1)  # never sampled
     other, tokenizer = load_model(str(model), CPU)
-    prompts = encode_prompts(tokenizer, ["What is (1 + 2) * 3?"], read_prompt(str(TINY)), "cpu")
-    inputs = tokenizer, prompts, 1, 9, None, 0.0
-    texts = [rollout(Policy(m), *inputs).texts for m in (other, tiny[0].model)]
-    assert texts[0] == texts[1] and "<|end|>" not in texts[0][0]
+    inputs = tokenizer, read_prompt(str(TINY)), ["What is (1 + 2) * 3?"], None, 0.0
+    [text], [expected] = (answer_questions(p, *inputs) for p in (Policy(other), tiny[0]))
+    assert text == expected and "<|end|>" not in text
 
 
 PROMPT = Prompt(system="Reply.", examples=[["What is 1?", "<answer>1</answer>"]], max_new_tokens=4)
 TEMPLATE = (TINY / "chat_template.jinja").read_text()
 PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}"
+NO_SYSTEM += "{{ raise_exception('System role not supported') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
@@ -191,22 +118,20 @@ def test_a_template_that_loses_a_part_is_a_warning(tiny, monkeypatch, capsys, te
     monkeypatch.setattr(tiny[1], "chat_template", template)
     check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
     out = capsys.readouterr().out
-    assert complaint in out and out.startswith("warning: " if complaint else "")
-    assert bool(out) == bool(complaint)
+    assert out.startswith("warning: ") and complaint in out if complaint else not out
 
 
-def test_a_template_that_loses_the_question_is_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(tiny[1], "chat_template", PARTS)
-    with pytest.raises(UserError, match="leaves out the question 'What is 2\\?'"):
+@pytest.mark.parametrize(
+    "template, complaint",
+    [
+        (PARTS, "leaves out the question 'What is 2\\?'"),
+        (NO_SYSTEM + TEMPLATE, 'not supported; .*--system_prompt ""'),
+    ],
+)
+def test_a_template_that_takes_no_such_prompt_is_an_error(tiny, monkeypatch, template, complaint):
+    monkeypatch.setattr(tiny[1], "chat_template", template)
+    with pytest.raises(UserError, match=complaint):
         check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
-
-
-def test_a_refused_system_role_names_the_remedy(tiny, monkeypatch):
-    raises = "{{ raise_exception('System role not supported') }}"
-    monkeypatch.setattr(tiny[1], "chat_template", "{% if messages[0].role == 'system' %}" + raises)
-    monkeypatch.setattr(tiny[1], "chat_template", tiny[1].chat_template + "{% endif %}" + TEMPLATE)
-    with pytest.raises(UserError, match='not supported; .*--system_prompt ""'):
-        encode_prompts(tiny[1], ["What is 2?"], PROMPT, "cpu")
 
 
 def test_a_tokenizer_without_pad_and_end_tokens_serves(model):
@@ -219,9 +144,8 @@ def test_a_tokenizer_without_pad_and_end_tokens_serves(model):
 
 
 def test_the_longest_question_is_the_one_of_most_tokens(tiny):
-    words = "Reply only with , where N is the number." * 3  # a few tokens
+    words = "Reply only with , where N is the number." * 3  # more characters, a few tokens
     digits = "1234567890" * 4
-    assert len(words) > len(digits)
     assert longest_last(tiny[1], [words, "7", digits], PROMPT) == ["7", digits]
 
 
@@ -250,17 +174,7 @@ def test_tokens_that_the_tokenizer_lacks_are_shown_and_earn_nothing(tiny):
 def test_a_saved_model_has_its_bases_own_tokenizer_files(model, tmp_path):
     (model / "LICENSE").write_text("as the base model's")
     (model / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
-    finish(tmp_path / "run", "--model_name", model, *SHORT)
+    save_model(*load_model(str(model), CPU), PROMPT, tmp_path, card="")
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
     for name in (*names, "special_tokens_map.json"):
-        saved = tmp_path / "run" / "saved_model" / name
-        assert saved.read_bytes() == (model / name).read_bytes(), name
-
-
-def test_the_no_signal_warning_names_an_unnamed_end_token():
-    row = dict.fromkeys(("reward_exact", "truncated", "accuracy", "entropy"), 1.0)
-    row["frac_zero_std_groups"] = 1.0
-    example = {"question": "What?", "completion": "7<|im_end|><|im_end|>"}
-    metrics = {"iterations": [row] * 50, "evaluations": [{"example": example}]}
-    assert "name <|im_end|> as an end token" in no_signal(metrics, ["<s>", "<|im_end|>"])
-    assert "end token" not in no_signal(metrics, ["<s>"])
+        assert (tmp_path / "saved_model" / name).read_bytes() == (model / name).read_bytes(), name

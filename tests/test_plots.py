@@ -49,15 +49,6 @@ def test_a_run_is_redrawn_in_two_seconds_without_torch(tmp_path, monkeypatch):
         assert imread(tmp_path / "run" / name).shape[:2] == (480, 1200)
 
 
-def test_runs_are_overlaid(tmp_path):
-    paths = [write_run(tmp_path / n / "m.json", level=v) for n, v in (("a", 0.2), ("b", 0.9))]
-    draw(paths, tmp_path / "both")
-    draw(paths[:1], tmp_path / "one")
-    for name in PLOT_FILES:
-        both, one = (imread(tmp_path / folder / name) for folder in ("both", "one"))
-        assert not np.array_equal(both, one)
-
-
 def test_each_part_of_the_reward_is_drawn_under_its_name(tmp_path):
     axes = Figure().subplots()
     draw_watched(axes, read_metrics(write_run(tmp_path / "m.json", level=0.8)))

@@ -5,21 +5,16 @@ import os
 import random
 import shutil
 import sys
-import time
 import traceback
 import zlib
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 from processes import arguments, finish, newest, read_metrics
 
-import evaluate
-import inference
-import train_grpo
 from engine.files import METRICS_FILE, UserError, exit_code
-from engine.problems import ProblemFile, RewardFile
+from engine.problems import FORMAT, ProblemFile, RewardFile, warn_of_long_answers
 from train_grpo import Config, load_task, main
 
 SPLITS = ["train"] * 6 + ["validation", "test"]
@@ -65,9 +60,7 @@ def refused(*flags) -> str:
         (b'{"question": "\xff", "answer": 1}', "'utf-8' codec can't decode"),
         ({"answer": 1}, '"question" must be'),
         ({"question": "a"}, '"answer" must be a text or an integer, not None'),
-        ({"question": " ", "answer": 1}, '"question" must be'),
         ({"question": "a", "answer": 1.5}, '"answer" must be'),
-        ({"question": "a", "answer": True}, '"answer" must be'),
         ({"question": "a", "answer": 1, "split": "dev"}, "not 'dev'"),
         ({"question": "a", "answer": "\x1b[2J"}, r"\x1b"),
         ({**LINES[0], "answer": 2}, "question of line 1, with another answer or split"),
@@ -77,6 +70,32 @@ def refused(*flags) -> str:
 def test_a_bad_line_is_one_error_with_file_and_line(line, complaint):
     error = refused("--problems", write("bad.jsonl", LINES[0], b" ", line, *LINES[1:]))
     assert error.startswith("--problems bad.jsonl, line 3: ") and complaint in error
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (json.dumps(LINES).encode(), f"{FORMAT}; this is a JSON array"),
+        (b"question,answer\n1 + 1,2", f"{FORMAT}; this is a file that starts with 'ques"),
+        (b"PAR1\x15\x04", f"{FORMAT}; this is Parquet"),
+        (json.dumps(LINES[0]).encode("utf-16"), f"{FORMAT}; this is UTF-16"),
+        (json.dumps(LINES[0], indent=1).encode(), FORMAT),
+        (b'{"problem": 1, "solution": 1}', """['problem', 'solution'], not "question" and"""),
+    ],
+)
+def test_other_formats_and_fields_are_named_beside_ours(content, complaint):
+    assert complaint in refused("--problems", write("file", content))
+
+
+def test_answers_too_long_for_a_completion_are_named_by_line(tiny, capsys):
+    long = {"question": "?", "answer": "24 - 9 = 15\n#### 15", "split": "train"}
+    file = ProblemFile(write("long.jsonl", LINES[0], *LINES, long))
+    for limit in (64, 16):
+        assert not capsys.readouterr().out
+        warn_of_long_answers(file, tiny[1], limit)
+    warning = capsys.readouterr().out
+    assert warning.startswith("warning: 1 of the first 31 ") and "--max_new_tokens 16" in warning
+    assert r"long.jsonl, line 42: '24 - 9 = 15\n#### 15'" in warning
 
 
 @pytest.mark.parametrize(
@@ -103,15 +122,10 @@ def test_named_splits_hold_whatever_ends_or_repeats_the_lines(ends):
         assert [p.question for p in problems] == named
 
 
-def test_100_000_lines_load_in_seconds_split_by_crc():
+def test_lines_that_name_no_split_are_split_by_crc():
     texts = ["How many are left of {} apples?", "O\u00f9 est le n\u00b0 {}?", "Is\n\t{}\u00a0odd?"]
-    items = [{"question": texts[n % 3].format(n), "answer": n} for n in range(100_000)]
-    write("large.jsonl", *items)
-    started = time.process_time()
-    splits = ProblemFile("large.jsonl").splits
-    assert time.process_time() - started < 3  # about 0.7 s
-    assert sum(map(len, splits.values())) == 100_000
-    for split, problems in splits.items():
+    items = [{"question": texts[n % 3].format(n), "answer": n} for n in range(1000)]
+    for split, problems in ProblemFile(write("large.jsonl", *items)).splits.items():
         found = {zlib.crc32(p.question.encode("utf-8")) % 20 for p in problems}
         assert found == {"test": {0}, "validation": {1}, "train": {*range(2, 20)}}[split]
 
@@ -149,9 +163,7 @@ TWO = "WEIGHTS = {'style': 0, 'exact': 1}\ndef score(completion, answer): return
         ("WEIGHTS = {'exact': 1, 'tokens': 1}", "not advantage, ref_logprobs,"),
         ("WEIGHTS = {'exact': 1}", "no function score(completion, answer)"),
         (TWO + "1", "must return 2 numbers, for style, exact, not 1"),
-        (TWO + "(1,)", "must return 2 numbers, for style, exact, not (1,)"),
         (TWO + "(0, 1.01)", "must return numbers from 0 to 1, not (0, 1.01)"),
-        (TWO + "(0, float('nan'))", "must return numbers from 0 to 1, not (0, nan)"),
         (TWO + "(0, 1 if completion else 2)", "score('', "),  # the empty completion
         (TWO + r"(0, 2 if '\u0667' in completion else 1)", "must return"),  # the odd one
     ],
@@ -173,14 +185,6 @@ def test_an_error_in_the_users_code_keeps_its_traceback(source, kind):
     assert "judge.py" in shown and source.splitlines()[-1] in shown
 
 
-def test_a_file_that_score_cannot_open_is_no_full_disk():
-    # Only training samples such a completion; those that are tried at the start pass.
-    write_rewards(scores="('answer' in completion and '\\0' not in completion and open('none'),)")
-    with pytest.raises(RuntimeError) as error:
-        main(arguments("--rewards", "judge.py"))
-    assert isinstance(error.value.__cause__, FileNotFoundError)
-
-
 def test_a_worked_example_must_earn_exact():
     write_rewards(scores="(answer != 2,)")
     load_task(Config(problems="sums.jsonl", rewards="judge.py", num_examples=1))
@@ -188,30 +192,13 @@ def test_a_worked_example_must_earn_exact():
     assert "the worked example 'What is 1 + 1?' shows '<answer>2</answer>'" in error
 
 
-def test_reward_code_is_the_file_that_was_hashed(tmp_path, monkeypatch):
+def test_reward_code_is_the_file_that_was_hashed(monkeypatch):
     """Python's own cache would take the older code: same date, same size."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for weight in (1, 2):
         write_rewards(f"{{'exact': {weight}}}")
         os.utime("judge.py", (0, 0))
-        rewards = RewardFile("judge.py")
-        assert rewards.weights == {"exact": weight}
-        assert rewards.sha256 == sha256(Path("judge.py").read_bytes()).hexdigest()
-    assert {path.name for path in tmp_path.iterdir()} == {"judge.py", "sums.jsonl"}
-
-
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        (train_grpo, arguments("--num_iterations", 1, "--eval_every", 0)),
-        (inference, ["--model", str(TINY), "What is 1 + 1?"]),
-        (evaluate, ["--model", str(TINY), "--eval_problems", "2"]),
-    ],
-)
-def test_reward_code_is_executed_once_per_start(script, flags):
-    write_rewards(rest="open('count', 'a').write('x')")
-    assert script.main([*flags, "--rewards", "judge.py"]) == 0
-    assert Path("count").read_text() == "x"
+        assert RewardFile("judge.py").weights == {"exact": weight}
 
 
 def test_a_reward_file_may_define_dataclasses_and_parse():
@@ -230,9 +217,14 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         write("sums.jsonl", *LINES)
         scores = 'completion.startswith("<answer>"), min(len(completion), 16) / 16, 0.5'
-        write_rewards('{"format": 0.5, "length": 0, "exact": 2}', scores)
+        count = "open('starts', 'a').write('x')"
+        write_rewards('{"format": 0.5, "length": 0, "exact": 2}', scores, rest=count)
     finish(folder, "--num_iterations", 2, *FILES)
     return folder
+
+
+def test_reward_code_is_executed_once_per_start(finished):
+    assert (finished / "starts").read_text() == "x"
 
 
 def test_metrics_and_card_name_the_files_and_their_hashes(finished):
@@ -269,9 +261,8 @@ def killed(finished, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, file", [("problems", "sums.jsonl"), ("rewards", "judge.py")])
 def test_resume_with_another_file_is_refused(name, file, killed):
     Path(file).write_text(Path(file).read_text() + "\n")
-    before = {p: p.stat().st_mtime_ns for p in killed.rglob("*") if p.name != ".lock"}
     assert f"{name}_sha256 was " in refused("--resume", *FILES)
-    assert before == {p: p.stat().st_mtime_ns for p in killed.rglob("*") if p.name != ".lock"}
+    assert newest(killed) == 2
 
 
 def test_files_may_be_moved_before_resuming(killed):

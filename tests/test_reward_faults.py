@@ -1,29 +1,28 @@
 """Reward files as people have them, and what happens to a run when they fail."""
 
-import json
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from processes import arguments, finish, metrics_but_for_times, read_metrics
 
-from engine import problems, prompt
+from engine import problems
 from engine.checkpoint import CHECKPOINTS
 from engine.files import COMPLETIONS_FILE, UserError, exit_code
 from engine.problems import Problem, RewardFile
 from train_grpo import main
 
-LINES = [{"question": f"What is {n} + 1?", "answer": n + 1} for n in range(99)]
-HEAD = (
-    "WEIGHTS = {'exact': 1}\ncalls = []\ndef score(completion, answer):\n    calls.append(0)\n    "
-)
-SUMS = "\n    return (completion == f'<answer>{answer}</answer>',)"
-# Without a log, so that calls can be counted.
-LENGTH = ("--num_iterations", 6, "--checkpoint_every", 100, "--log_completions_every", -1)
-FLAGS = arguments(*LENGTH, "--rewards", "judge.py")
+HEAD = "WEIGHTS = {'exact': 1}\ndef score(completion, answer):\n    "
+SUMS = "return (completion == f'<answer>{answer}</answer>',)"
+# Fails in a function once training has scored so many of its completions, 8 in an iteration.
+FAULT = """stack = [frame.name for frame in traceback.extract_stack()]
+    if {function!r} in stack and sum(trained) == {count}:
+        {failure}
+    trained.append("train_iteration" in stack)
+    """
+FLAGS = arguments("--num_iterations", 6, "--checkpoint_every", 100, "--rewards", "judge.py")
 
 
 def rule(folder, body: str, head: str = "", name: str = "judge.py") -> RewardFile:
@@ -35,9 +34,9 @@ def rule(folder, body: str, head: str = "", name: str = "judge.py") -> RewardFil
 @pytest.mark.parametrize(
     "given, earned",
     [
-        *(([one], 1) for one in (np.True_, np.float32(1), torch.tensor(True))),
-        *((some, 0.5) for some in ([Fraction(1, 2)], np.array([0.5]), torch.tensor([0.5]))),
-        *(([bad], None) for bad in (None, "1", b"1", np.str_("1"), np.nan, 1j, np.zeros(2))),
+        *(([one], 1) for one in (np.True_, torch.tensor(True), Fraction(1))),
+        *((some, 0.5) for some in (np.array([0.5]), torch.tensor([0.5]))),
+        *(([bad], None) for bad in (None, "1", b"1", np.nan, 1j, np.zeros(2))),
         *((bad, None) for bad in (np.array(1), np.array(["1"]), {"exact": 1})),
     ],
 )
@@ -65,7 +64,7 @@ def test_a_reward_file_imports_neighbours_that_hide_nothing(tmp_path, monkeypatc
     assert rewards.score("", 1) == {"exact": 1}
 
 
-@pytest.mark.parametrize("name", ["judge.py", "rewards.py", "a-b.py"])  # we have a rewards.py
+@pytest.mark.parametrize("name", ["rewards.py", "a-b.py"])  # we have a rewards.py
 def test_spawned_workers_find_the_functions_of_a_reward_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     head = "import multiprocessing, os\nfrom concurrent.futures import ProcessPoolExecutor\n"
@@ -73,30 +72,32 @@ def test_spawned_workers_find_the_functions_of_a_reward_file(name, tmp_path, mon
     pool = "with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:"
     body = f"{pool}\n        return (pool.submit(same, completion, answer).result(),)"
     rewards = rule(tmp_path / "task", body, head, name)
-    assert [rewards.score("a", answer)["exact"] for answer in "ab"] == [1, 0]
-    assert len(list(tmp_path.glob("started*"))) == 3  # once here, once in each worker
-
-
-def test_a_reward_file_that_cannot_be_imported_must_be_renamed(tmp_path):
-    with pytest.raises(UserError, match="/rewards.py: .*; rename the file$"):
-        rule(tmp_path / "v1.0", "return (1,)", "", "rewards.py")
+    assert rewards.score("a", "a") == {"exact": 1}
+    assert len(list(tmp_path.glob("started*"))) == 2  # once here, once in the worker
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """The metrics of a run whose rule never fails."""
+    """The folder of a run whose rule never fails."""
     folder = tmp_path_factory.mktemp("runs")
-    rule(folder, "pass" + SUMS)
+    rule(folder, SUMS)
     finish(folder, *FLAGS)
-    return metrics_but_for_times(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "fault, done",  # in training after 1 iteration, in the evaluation after 4
-    [("> 50: return (None,)", 1), ("> 50: 1 / 0", 1), ("> 80: raise TimeoutError", 4)],
+    "function, failure, done",
+    [
+        ("train_iteration", "return (None,)", 1),
+        ("ask_fixed", "1 / 0", 1),
+        ("evaluate", "raise TimeoutError", 4),
+    ],
 )
-def test_a_run_that_fails_in_its_rule_loses_nothing(fault, done, healthy, tmp_path, capsys):
-    rule(tmp_path, f"if len(calls) {fault}{SUMS}")
+def test_a_run_that_fails_in_its_rule_loses_nothing(
+    function, failure, done, healthy, tmp_path, capsys
+):
+    fault = FAULT.format(function=function, count=8 * done, failure=failure)
+    rule(tmp_path, fault + SUMS, "import traceback\ntrained = []\n")
     where = ("--output_dir", str(tmp_path), "--rewards", str(tmp_path / "judge.py"))
     try:
         assert exit_code(lambda: main([*FLAGS, *where])) == 2
@@ -107,50 +108,14 @@ def test_a_run_that_fails_in_its_rule_loses_nothing(fault, done, healthy, tmp_pa
     failed = read_metrics(tmp_path)
     assert (failed["status"], failed["failed_in"]) == ("failed", "rewards")
     assert len(failed["iterations"]) == done and failed["stop_reason"]
-    rule(tmp_path, "pass" + SUMS)
+    rule(tmp_path, SUMS)
     assert "the --rewards file was repaired" in finish(tmp_path, *FLAGS, "--resume")
     resumed = metrics_but_for_times(tmp_path)
     hashes = [m["environment"]["rewards_sha256"] for m in (failed, resumed)]
     repair = {"what": "rewards", "iteration": done, "was": hashes[0], "is": hashes[1]}
-    assert resumed.pop("repaired") == [repair] and resumed == healthy
-
-
-def test_a_rule_that_fails_in_the_log_loses_no_line(tmp_path):
-    flags = ("--num_iterations", 3, "--eval_every", 0, "--rewards", "judge.py")
-    failed, calm = tmp_path / "failed", tmp_path / "calm"
-    callers = "[frame.name for frame in traceback.extract_stack()]"
-    fault = f"if len(calls) > 60 and 'fixed_record' in {callers}: 1 / 0"
-    rule(failed, fault + SUMS, "import traceback\n")
-    with pytest.raises(ZeroDivisionError):
-        finish(failed, *flags)
-    assert len(read_metrics(failed)["iterations"]) in (1, 2)
-    rule(failed, "pass" + SUMS)
-    rule(calm, "pass" + SUMS)
-    finish(failed, *flags, "--resume")
-    finish(calm, *flags)
-    lines, expected = ((folder / COMPLETIONS_FILE).read_bytes() for folder in (failed, calm))
-    assert lines == expected and lines.count(b"\n") == 3
-
-
-def test_a_question_that_fails_late_can_be_repaired(tmp_path, monkeypatch):
-    flags, real = (*LENGTH, "--problems", "sums.jsonl"), prompt.render
-
-    def failing(*inputs, **options):
-        if Path(CHECKPOINTS, "1").exists():
-            raise UserError("the template fails")
-        return real(*inputs, **options)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prompt, "render", failing)
-    Path("sums.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    with pytest.raises(UserError, match="the template fails"):
-        main(arguments(*flags))
-    monkeypatch.setattr(prompt, "render", real)
-    rule(tmp_path, "pass" + SUMS)  # this file is no repair
-    with pytest.raises(UserError, match="rewards_sha256 was .*; WEIGHTS was .*; restore the file"):
-        main(arguments(*flags, "--resume", "--rewards", "judge.py"))
-    Path("sums.jsonl").write_text("\n".join(map(json.dumps, LINES[::-1])))
-    assert "the --problems file was repaired" in finish(tmp_path, *flags, "--resume")
+    assert resumed.pop("repaired") == [repair] and resumed == metrics_but_for_times(healthy)
+    lines, expected = ((folder / COMPLETIONS_FILE).read_bytes() for folder in (tmp_path, healthy))
+    assert lines == expected and lines.count(b"\n") == 6
 
 
 @pytest.mark.parametrize("slow", ["time.sleep(0.6)", "re.match('(a+)+b', 'a' * 25)"])

@@ -15,7 +15,13 @@ import train_grpo
 from engine import metrics as engine_metrics
 from engine.checkpoint import load_checkpoint
 from engine.files import METRICS_FILE
-from engine.metrics import best_iteration, evaluations_without_gain, no_signal, reason_to_stop
+from engine.metrics import (
+    best_iteration,
+    evaluations_without_gain,
+    no_signal,
+    reason_to_stop,
+    validations,
+)
 from plot_metrics import PLOT_FILES
 from train_grpo import Config
 
@@ -54,15 +60,16 @@ def test_max_kl_is_the_mean_of_fifty_iterations():
 
 def test_signal_is_lacking_only_if_no_group_has_any():
     rest = dict.fromkeys(("reward_exact", "truncated", "accuracy", "entropy"), 0.0)
-    silent, heard = {**rest, "frac_zero_std_groups": 1.0}, {**rest, "frac_zero_std_groups": 0.5}
+    example = {"question": "What?", "completion": "7<|im_end|><|im_end|>"}
 
-    def warning(history):
-        evaluations = [{"example": {"question": "What?", "completion": ""}}]
-        return no_signal({"iterations": history, "evaluations": evaluations}, [])
+    def warning(shares: list[float], special: list[str]):
+        history = [rest | {"frac_zero_std_groups": share} for share in shares]
+        return no_signal({"iterations": history, "evaluations": [{"example": example}]}, special)
 
-    assert warning([silent] * 50)
-    assert warning([silent] * 49) is None
-    assert warning([heard] + [silent] * 49) is None
+    assert "name <|im_end|> as an end token" in warning([1.0] * 50, ["<s>", "<|im_end|>"])
+    assert "end token" not in warning([1.0] * 50, ["<s>"])
+    assert warning([1.0] * 49, []) is None
+    assert warning([0.5] + [1.0] * 49, []) is None
 
 
 def test_an_over_trained_run_stops_and_keeps_its_best_policy(tmp_path, monkeypatch):
@@ -76,13 +83,10 @@ def test_an_over_trained_run_stops_and_keeps_its_best_policy(tmp_path, monkeypat
     out = finish(tmp_path, *flags, "--checkpoint_every", 0)
     metrics = read_metrics(tmp_path)
     accuracy = {
-        e["iteration"]: e["accuracies"]["sampled"]["accuracy"]
-        for e in metrics["evaluations"]
-        if e["split"] == "validation"
+        e["iteration"]: e["accuracies"]["sampled"]["accuracy"] for e in validations(metrics)
     }
     last, best = len(metrics["iterations"]), metrics["best_iteration"]
-    assert "3 evaluations without a gain" in metrics["stop_reason"]
-    assert metrics["stop_reason"] in out
+    assert "3 evaluations without a gain" in out and metrics["stop_reason"] in out
     assert best <= 8 < last < 100 and accuracy[last] < 0.05 and accuracy[best] > 0.2
     assert [metrics["evaluations"][-1][name] for name in ("split", "iteration")] == ["test", best]
     assert f"iteration {best}," in (tmp_path / "saved_model" / "README.md").read_text()
@@ -101,10 +105,7 @@ def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tin
     flags = ("--model_name", tmp_path / "blank", "--num_iterations", 9, "--eval_every", 0)
     out = finish(tmp_path, *flags)
     assert out.count("nothing to learn from") == 1
-    for cause in (
-        *("truncated", "--max_new_tokens", "thinking", "never answers in the form", "too hard"),
-        *("format 0.00, near 0.00, exact 0.00", "0% exact", "learning rate is too high"),
-    ):
+    for cause in ("--max_new_tokens", "never answers in the form", "too hard", "too high"):
         assert cause in out
     metrics = read_metrics(tmp_path)
     assert metrics["no_signal"] == 4
@@ -115,10 +116,8 @@ def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tin
 def test_drift_is_measured_on_the_models_own_off_task_questions(tmp_path):
     flags = ("--preset", "reference", "--model_name", TINY, "--learning_rate", "1e-3")
     finish(tmp_path, *flags, "--num_iterations", 4)
-    evaluations = read_metrics(tmp_path)["evaluations"]
-    off_task = [e["off_task"] for e in evaluations if e["split"] == "validation"]
-    assert off_task[0]["kl"] == 0 and off_task[0]["accuracy"] > 0.9
-    assert off_task[-1]["kl"] > 0
+    first, *_, last = (e["off_task"] for e in validations(read_metrics(tmp_path)))
+    assert first["kl"] == 0 and first["accuracy"] > 0.9 and last["kl"] > 0
 
 
 def signal_after(monkeypatch, calls: int, name: str, number: signal.Signals) -> None:
@@ -156,6 +155,7 @@ def test_a_run_stopped_before_training_changes_no_file(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_and_leaves_valid_files(tmp_path):
     folder = tmp_path / "run"
     process = start(folder, "--num_iterations", 100, "--num_inner_updates", 60)

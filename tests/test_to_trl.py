@@ -1,5 +1,6 @@
 """The bridge to TRL takes along task and recipe, and says what TRL does not have."""
 
+import copy
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from engine.files import UserError, exit_code, finite
 from engine.models import eos_token_ids, load_model
 from engine.policy import Policy, Rollout
+from engine.problems import RewardFile
 from engine.prompt import decode, read_prompt
 from examples import bridge, to_trl
 from train_grpo import (
@@ -44,36 +46,18 @@ SHORT = ["--preset=tiny", *(f"--{name}={value}" for name, value in SMALL.items()
 LOG = '{"logging_steps": 1, "disable_tqdm": true}'
 
 
-def make_trainer(config: Config, folder, **changes):
-    """(trainer, task) of the bundled model."""
-    model, tokenizer = load_model(config.model_name, CPU)
-    task = Task(tokenizer, *load_task(config))
-    return bridge.make_trainer(replace(config, output_dir=str(folder)), task, model, changes), task
-
-
 @pytest.mark.parametrize(
     "flags, complaint",
     [
         ("--preset reference", "--kl_estimator k3_inverse: TRL has only k3"),
         ("--preset tiny --policy plain", "--policy: TRL has no such setting"),
-        (
-            "--preset tiny --resume",
-            "--resume: TRL has no such setting; its checkpoints are its own",
-        ),
-        ("--preset tiny --eval_every 5", "--eval_every: TRL has no such setting"),
-        ("--preset tiny --patience 3", "--patience: TRL has no such setting"),
+        ("--preset tiny --resume", "--resume: TRL has no such setting; its checkpoints are its"),
         ("--preset tiny --device cuda:1", "--device cuda:1: choose it with CUDA_VISIBLE_DEVICES"),
         ("--preset tiny --lora_rank -1", "--lora_rank -1: must be at least 0"),
         ("--preset tiny --trl [] --eval_problems 1", "--trl []: not an object"),
         ("--preset tiny --trl {} --micro_batch_size 7", "name a divisor of 1024"),
-        (
-            '--preset tiny --trl {"beta":1,"gamma":2}',
-            "--trl: GRPOConfig.__init__() got an unexpected",
-        ),
-        (
-            '--preset tiny --trl {"num_generations":1}',
-            "--trl: GRPO requires at least 2 generations",
-        ),
+        ('--preset tiny --trl {"gamma":2}', "--trl: GRPOConfig.__init__() got an unexpected"),
+        ('--preset tiny --trl {"num_generations":1}', "--trl: GRPO requires at least 2"),
     ],
 )
 def test_what_trl_does_not_have_is_one_line_and_code_2(flags, complaint, tmp_path, capsys):
@@ -90,65 +74,52 @@ def test_a_missing_package_is_named(monkeypatch):
         to_trl.parse_settings(["--preset", "tiny", "--lora_rank", "4"])
 
 
-def test_presets_are_taken_along_and_what_they_set_is_not_refused():
+def test_presets_and_micro_batches_are_taken_along():
     settings = to_trl.parse_settings(["--preset", "smollm2", "--device", "cpu"])
-    found = bridge.trl_config(settings, {})
+    found = bridge.trl_config(replace(settings, micro_batch_size=64), {"seed": 7})
     assert found.max_steps == settings.num_iterations * settings.num_inner_updates
     assert found.lr_scheduler_type == settings.lr_schedule == "linear"
-    assert found.beta == 0 and found.bf16 and found.epsilon_high == 0.2
-    assert found.per_device_train_batch_size == settings.batch_size * settings.num_generations
+    assert found.beta == 0 and found.bf16 and found.epsilon_high == 0.2 and found.seed == 7
+    assert found.generation_batch_size == settings.batch_size * settings.num_generations
+    assert found.per_device_train_batch_size == 64
 
 
-def test_micro_batches_together_are_the_batch():
-    found = bridge.trl_config(replace(CONFIG, micro_batch_size=2), {"seed": 7})
-    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 4)
-    assert found.generation_batch_size == 8 and found.seed == 7
-
-
-def test_equal_texts_earn_equal_rewards_and_are_scored_once(tiny, monkeypatch):
+def test_equal_texts_earn_equal_rewards_and_are_scored_once(tiny):
     policy, tokenizer = tiny
-    _, rewards, _ = load_task(CONFIG)
+    rewards, scored = RewardFile(), []
     eos_ids = eos_token_ids(policy.model, tokenizer)
-    answers = [4, 4, 4, 4, 4]
-    texts = [f"<answer>{n}</answer>" for n in (4, 3, 9)] + ["4", "<answer>4</answer><|user|>"]
-    expected, parts = reward_function(texts, answers, rewards)
-    assert expected.tolist() == pytest.approx([1, 0.4, 0.2, 0, 0])
+    texts = ["<answer>4</answer>", "<answer>3</answer>", "4", "<answer>4</answer><|user|>"]
+    answers = [4] * len(texts)
+    _, parts = reward_function(texts, answers, rewards)
+    assert parts["exact"].tolist() == [1, 0, 0, 0]
     rows = [[*ids, eos_ids[0]] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    assert decode(tokenizer, [row[:-1] for row in rows]) == texts
 
-    scored, score = [], rewards.score
-    counted = SimpleNamespace(
-        weights=rewards.weights, score=lambda *pair: scored.append(pair) or score(*pair)
-    )
+    def score(*pair):
+        scored.append(pair)
+        return rewards.score(*pair)
+
+    counted = SimpleNamespace(weights=rewards.weights, score=score)
     functions = bridge.reward_functions(counted, tokenizer, eos_ids)
-    assert [function.__name__ for function in functions] == list(rewards.weights)
     given = {"completion_ids": rows, "answer": list(map(json.dumps, answers))}
     earned = {function.__name__: function(**given, completions=None) for function in functions}
     assert earned == {name: part.tolist() for name, part in parts.items()}
     assert scored == list(zip(texts, answers, strict=True))
-    assert functions[0](completion_ids=rows[1:2], answer=["3"]) == [1.0] and len(scored) == 6
+    assert functions[-1](completion_ids=rows[1:2], answer=["3"]) == [1.0]
 
 
-def test_answers_of_both_types_are_passed_on(tmp_path):
-    lines = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(["x", 10**30])]
-    lines += [{"question": s, "answer": 1, "split": s} for s in ("train", "validation", "test")]
-    lines = [{"split": "train", **line} for line in lines]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = replace(CONFIG, problems=str(tmp_path / "p.jsonl"), num_iterations=50)
-    trainer, _ = make_trainer(config, tmp_path)
-    assert set(map(json.loads, trainer.train_dataset["answer"])) == {"x", 10**30, 1}
-
-
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("beta, scale", [(0.04, "group"), (0.0, "none")])
+@pytest.mark.parametrize(
+    "loss_type, beta, scale",
+    [("grpo", 0.04, "group"), ("dr_grpo", 0.0, "none"), ("dapo", 0.04, "batch")],
+)
 def test_the_loss_of_a_batch_is_ours(loss_type, beta, scale, tmp_path):
     config = replace(CONFIG, loss_type=loss_type, beta=beta, scale_rewards=scale)
-    trainer, task = make_trainer(config, tmp_path)
+    model, tokenizer = load_model(config.model_name, CPU)
+    task, before = Task(tokenizer, *load_task(config)), Policy(copy.deepcopy(model))
+    trainer = bridge.make_trainer(config, task, model, {"output_dir": str(tmp_path)})
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     rows = next(iter(trainer.get_train_dataloader()))
     batch = trainer._generate_and_score_completions(rows)
-    before = Policy(load_model(config.model_name, CPU)[0])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # else all ratios are 1 and the KL term is 0
         for weight in trainer.model.parameters():
@@ -157,9 +128,7 @@ def test_the_loss_of_a_batch_is_ours(loss_type, beta, scale, tmp_path):
 
     ids, mask, eos_ids = batch["completion_ids"], batch["completion_mask"], trainer.eos_token_ids
     visible = (mask > 0) & ~torch.isin(ids, torch.tensor(eos_ids))
-    texts = decode(
-        task.tokenizer, [row[keep].tolist() for row, keep in zip(ids, visible, strict=True)]
-    )
+    texts = decode(tokenizer, [row[keep].tolist() for row, keep in zip(ids, visible, strict=True)])
     answers = [json.loads(row["answer"]) for row in rows]
     rewards, parts = reward_function(texts, answers, task.reward_file)
     advantages = group_advantages(rewards, config.num_generations, scale)
@@ -178,10 +147,11 @@ def test_the_loss_of_a_batch_is_ours(loss_type, beta, scale, tmp_path):
         assert logged[f"rewards/{name}/mean"] == [pytest.approx(part.mean().item())]
 
 
-def ask(folder, model: str = "run/saved_model") -> str:
-    done = run_script("inference.py", "--model", model, "What is (4 - 9) * 6?", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def assert_answers(folder) -> None:
+    """inference.py can ask the saved model."""
+    flags = ["--model", "run/saved_model", "What is (4 - 9) * 6?"]
+    done = run_script("inference.py", *flags, cwd=folder)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def changed(folder) -> set[str]:
@@ -212,32 +182,31 @@ def test_one_process_trains_measures_and_saves_what_inference_asks(tmp_path):
     steps = [line for line in metrics["log"] if "reward" in line]
     assert [line["step"] for line in steps] == [1, 3]  # the others repeat a batch
     for line in steps:
-        parts = {part: line[f"rewards/{part}/mean"] for part in task.reward_file.weights}
-        total = sum(weight * parts[part] for part, weight in task.reward_file.weights.items())
-        assert line["reward"] == pytest.approx(total, abs=1e-5)
+        weighted = [w * line[f"rewards/{n}/mean"] for n, w in task.reward_file.weights.items()]
+        assert line["reward"] == pytest.approx(sum(weighted), abs=1e-5)
     assert len(changed(tmp_path)) > 10
     assert read_prompt(str(tmp_path / "run/saved_model")) == task.prompt
     assert "before: sampled" in (tmp_path / "run/saved_model/README.md").read_text()
-    assert ask(tmp_path)
+    assert_answers(tmp_path)
+
+
+JUDGE = """import os
+from rewards import WEIGHTS, score as judge
+def score(completion, answer):
+    open(f"rank{os.environ['RANK']}", "a").write("x")
+    return judge(completion, answer)
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_share_each_batch(tmp_path):
-    (tmp_path / "judge.py").write_text(
-        "import os\n"
-        "from rewards import WEIGHTS, score as judge\n"
-        "def score(completion, answer):\n"
-        "    with open(f'rank{os.environ[\"RANK\"]}', 'a') as file:\n"
-        "        file.write('x')\n"
-        "    return judge(completion, answer)\n"
-    )
+    (tmp_path / "judge.py").write_text(JUDGE)
     metrics = train(tmp_path, "--rewards", "judge.py", launcher=torchrun(2))
     assert metrics["environment"]["processes"] == 2
     # Each scores 8 completions to try the rule, half of both batches, and both evaluations.
     scored = [(tmp_path / f"rank{rank}").stat().st_size for rank in (0, 1)]
     assert scored == [8 + 2 * 4 + 2 * 16] * 2
     assert len(changed(tmp_path)) > 10
-    assert ask(tmp_path, "run/saved_model")
 
 
 @needs_peft
@@ -249,4 +218,4 @@ def test_adapters_are_trained_and_saved_merged(tmp_path):
     found = changed(tmp_path)
     assert found and all(name.endswith("proj.weight") for name in found)
     assert (tmp_path / "run/trl_run/adapter/adapter_model.safetensors").exists()
-    assert ask(tmp_path)
+    assert_answers(tmp_path)

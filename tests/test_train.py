@@ -1,13 +1,11 @@
 """A whole run as a user starts it: what it prints and what it leaves behind."""
 
 import math
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
-from processes import finish, read_metrics, start
-from small_models import small_model
+from conftest import TINY, run_script
+from processes import finish, read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.models import load_model
@@ -36,11 +34,9 @@ def run(tmp_path_factory):
 
 def test_metrics_hold_every_iteration_and_evaluation(run):
     metrics = run[2]
-    assert metrics["status"] == "finished"
-    assert metrics["config"]["preset"] == "tiny" and metrics["config"]["num_iterations"] == 3
+    assert metrics["status"] == "finished" and metrics["config"]["preset"] == "tiny"
     assert metrics["environment"]["torch"] == torch.__version__
-    assert metrics["peak_memory_mib"] > 100
-    assert len(metrics["iterations"]) == 3
+    assert metrics["peak_memory_mib"] > 100 and len(metrics["iterations"]) == 3
     for iteration in metrics["iterations"]:
         assert set(iteration) == PER_ITERATION
         assert all(math.isfinite(value) for value in iteration.values())
@@ -91,34 +87,8 @@ def test_saved_model_brings_its_prompt_and_a_card_of_its_run(run):
     assert f"policy after iteration {best}, the best of 3" in card
 
 
-@pytest.mark.slow
-def test_trains_where_fcntl_and_resource_do_not_exist(tmp_path, monkeypatch):
-    code = "import psutil, runpy, sys; "  # psutil first: only on Linux does it need them
-    code += "sys.modules.update(fcntl=None, resource=None); "
-    code += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    launcher = (sys.executable, "-c", code)
-    assert start(tmp_path / "run", "--num_iterations", 1, launcher=launcher).wait(timeout=180) == 0
-    metrics = read_metrics(tmp_path / "run")
-    assert metrics["status"] == "finished" and "peak_memory_mib" not in metrics
-
-
 def test_the_bundled_model_improves_within_fifteen_iterations(tmp_path):
     flags = ("--num_iterations", 15, "--eval_every", 0, "--learning_rate", "5e-5")
     finish(tmp_path, *flags, "--batch_size", 16, "--num_generations", 32, "--max_new_tokens", 16)
     rewards = [iteration["reward"] for iteration in read_metrics(tmp_path)["iterations"]]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05
-
-
-@pytest.mark.slow
-def test_the_reference_preset_trains_its_architecture(tmp_path, tiny):
-    tokenizer = tiny[1]
-    model = small_model("qwen2", vocabulary=len(tokenizer), eos_ids=tokenizer.eos_token_id)
-    model.save_pretrained(tmp_path / "qwen")
-    tokenizer.save_pretrained(tmp_path / "qwen")
-    flags = ["--preset", "reference", "--model_name", "qwen", "--num_iterations", "2"]
-    result = run_script("train_grpo.py", *flags, "--eval_problems", "4", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    metrics = read_metrics(tmp_path)
-    assert metrics["config"]["learning_rate"] == 1e-7
-    assert metrics["iterations"][0]["completion_length"] > 1
