@@ -54,8 +54,8 @@ LOSSES = {
 }
 GROUPS = {size: [f"--num_generations={size}", f"--batch_size={512 // size}"] for size in (2, 8, 32)}
 # The best of `group_rates` on other seeds, and the iterations that take as long as 60 of G = 32.
-RATES = {2: "1e-4", 8: "1e-4", 32: "1e-4"}
-EQUAL_SECONDS = {2: 50, 8: 75}
+RATES = {2: "2e-4", 8: "2e-4", 32: "2e-4"}
+EQUAL_SECONDS = {2: 6, 8: 20}
 STUDIES = {
     "losses": LOSSES,
     "off_policy": {name: [*flags, "--num_inner_updates=4"] for name, flags in LOSSES.items()},

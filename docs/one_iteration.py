@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from engine.policy import Policy, Rollout
+from engine.presets import PRESETS
 from engine.prompt import encode_prompts
 from train_grpo import (
-    PRESETS,
     Config,
     Learner,
     Task,

@@ -433,13 +433,14 @@ def test_advantages_are_scaled_as_the_setting_says(tiny, monkeypatch):
     assert not torch.equal(found["group"], found["none"])
 
 
+@pytest.mark.parametrize("beta", [0, 0.3])
 @BOTH
-def test_an_update_reads_micro_batches_of_the_size_asked_for(kind):
+def test_an_update_reads_micro_batches_of_the_size_asked_for(kind, beta):
     policy, sizes = kind(small_model("llama")), []
     reference = nearby(policy)
     policy.register_forward_pre_hook(lambda policy, inputs: sizes.append(len(inputs[0])))
-    config = Config(num_inner_updates=2, micro_batch_size=3)
-    update(policy, reference, Recorder(policy), make_batch(), ADVANTAGES, config)
+    config = Config(num_inner_updates=2, micro_batch_size=3, beta=beta)
+    update(policy, reference, Recorder(policy), make_batch(), torch.ones(8), config)
     assert sizes == [3, 3, 2] * 2
 
 
