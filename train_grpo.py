@@ -388,11 +388,11 @@ def update_policy(
         # A completion of advantage 0, or without a token in the loss, adds exactly nothing to the
         # gradient. If that is all of them, one stays: the gradient is then zero, not absent, and
         # Adam's step is taken. The reference reads the first group alone, for `kl`.
-        rows = torch.arange(len(batch), device=mask.device)
+        all_rows = torch.arange(len(batch), device=mask.device)
         counts = (advantages != 0) & mask.any(dim=1)
-        useful = rows[counts] if counts.any() else rows[:1]
+        useful = all_rows[counts] if counts.any() else all_rows[:1]
         micro_batches = policy.micro_batches(batch[useful], size)
-        measured = policy.micro_batches(batch[rows[: config.num_generations]], size)
+        measured = policy.micro_batches(batch[all_rows[: config.num_generations]], size)
         advantages = advantages[useful]
     with torch.no_grad():
         ref_logprobs = [learner.reference(chunk) for _, chunk in measured]  # (n, T) each

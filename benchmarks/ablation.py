@@ -54,19 +54,15 @@ LOSSES = {
 }
 GROUPS = {size: [f"--num_generations={size}", f"--batch_size={512 // size}"] for size in (2, 8, 32)}
 # The best of `group_rates` on other seeds, and the iterations that take as long as 60 of G = 32.
-RATES = {2: "2e-4", 8: "2e-4", 32: "2e-4"}
+TUNED = "--learning_rate=2e-4"  # for each of them
 EQUAL_SECONDS = {2: 6, 8: 20}
 STUDIES = {
     "losses": LOSSES,
     "off_policy": {name: [*flags, "--num_inner_updates=4"] for name, flags in LOSSES.items()},
     "groups": {
-        **{f"G = {size}": [*GROUPS[size], f"--learning_rate={RATES[size]}"] for size in GROUPS},
+        **{f"G = {size}": [*flags, TUNED] for size, flags in GROUPS.items()},
         **{
-            f"G = {size}, {count} iterations": [
-                *GROUPS[size],
-                f"--learning_rate={RATES[size]}",
-                f"--num_iterations={count}",
-            ]
+            f"G = {size}, {count} iterations": [*GROUPS[size], TUNED, f"--num_iterations={count}"]
             for size, count in EQUAL_SECONDS.items()
         },
     },
@@ -128,9 +124,8 @@ def read_vary(text: str) -> tuple[str, dict[str, list[str]]]:
     variants = {f"{name}={value}": [f"--{name}={value}"] for value in values.split(",")}
     for flags in variants.values():
         with redirect_stdout(None):
-            parse_config(
-                Config, ["--preset=tiny", *flags]
-            )  # a bad value is an error before the first run
+            # A bad value is an error before the first run.
+            parse_config(Config, [*BASE, *flags])
     return name, variants
 
 

@@ -259,10 +259,10 @@ over the tokens of a completion, and minus the mean over completions (DeepSeekMa
 |---|---|
 | {by_hand:+.6f} | {by_code.item():+.6f} |
 
-The mean KL term is {penalty.item():.4f}; `clip_fraction`, the share of a
-completion's tokens whose clipped value is the smaller one, averaged over completions, is {
-        stats["clip_fraction"].item():.4f}. `grad_norm`, the mean
-gradient norm of both updates before clipping, is {metrics["grad_norm"]:.3f}.
+The mean KL term is {penalty.item():.4f}; `clip_fraction` is
+{stats["clip_fraction"].item():.4f}: the share of a completion's tokens whose clipped value is the
+smaller one, averaged over completions. `grad_norm`, the mean gradient norm of both updates before
+clipping, is {metrics["grad_norm"]:.3f}.
 
 ## 9. What it did
 

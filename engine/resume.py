@@ -9,10 +9,10 @@ from engine.checkpoint import CHECKPOINTS, checkpoints_in, load_checkpoint
 from engine.files import METRICS_FILE, UserError
 from engine.metrics import reason_to_stop
 
-# What must be as it was, besides the settings and the weights of the reward's parts.
+# Of the environment, what must be as it was, besides the settings and the reward's weights ...
 COMPARED = ("device", "base_model_crc32", "problems_sha256", "rewards_sha256")
-COMPARED += ("policy", "compute_dtype")
-# What changes the last digits only: a note is printed.
+COMPARED += ("policy", "compute_dtype", "torch", "threads")
+# ... but these change the last digits only: a note is printed.
 NOTED = ("torch", "threads", "--micro_batch_size")
 # Settings that may change, because they change no weight (num_iterations: at a constant rate).
 FREE = {"output_dir", "resume", "num_iterations", "eval_every", "checkpoint_every"}
@@ -76,7 +76,7 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict[str, Tenso
     saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
     names = sorted(settings.keys() - free)
     pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
-    pairs |= {n: (environment.get(n), current["environment"][n]) for n in (*COMPARED, *NOTED[:2])}
+    pairs |= {n: (environment.get(n), current["environment"][n]) for n in COMPARED}
     weights = current["reward_weights"]
     pairs["WEIGHTS"] = state["metrics"].get("reward_weights", weights), weights
     changed = {n: f"{n} was {a!r}, is {b!r}" for n, (a, b) in pairs.items() if a != b}
