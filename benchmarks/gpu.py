@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                    # on the CPU if there is no GPU
     python benchmarks/gpu.py --dtype float32 --output fp32.json
-    python benchmarks/gpu.py --device cpu --batch_size 8 --iterations 2 --output cpu.json
+    python benchmarks/gpu.py --device cpu --batch_size 8 --plain_micro_batch 16 --output cpu.json
 
 Repeats one iteration of the presets tiny and smollm2 (once `python fetch_model.py` has made its
 model), with learning rate 0 and the same seed, by either policy. Prints seconds by phase, peak
@@ -37,6 +37,7 @@ PHASES = ("rollout", "reference", "forward", "backward", "optimizer", "other", "
 class Settings:
     iterations: int = setting(10, "to time, after one to warm up", 1)
     batch_size: int = setting(0, "problems per iteration; 0: the preset's", 0)
+    plain_micro_batch: int = setting(0, "completions per pass of the plain policy; 0: all", 0)
     device: str = setting("auto", "cpu, cuda or mps; auto is cuda if there is one, else cpu")
     dtype: Literal["preset", "float32", "bfloat16"] = setting("preset", "compute type")
     output: str = setting(str(HERE / "gpu.json"), "result file")
@@ -52,6 +53,8 @@ def measure(preset: str, policy: str, settings: Settings, device: torch.device) 
         changes["dtype"] = settings.dtype
     if settings.batch_size:
         changes["batch_size"] = settings.batch_size
+    if policy == "plain":
+        changes["micro_batch_size"] = settings.plain_micro_batch
     work = Work(Config(**{**PRESETS[preset], **changes}))
     learner, batch, metrics, seconds = time_phases(work, settings.iterations)
     return {
