@@ -72,7 +72,7 @@ def deviations(counts: Counter, probabilities: dict, samples: int) -> float:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @BOTH
 def test_sampled_frequencies_fit_the_distribution_of_the_model(kind, temperature):
-    end, steps, samples = 2, 3, 4000
+    end, steps, samples = 2, 3, 16_000
     prompts = [random_ids(length, seed=length, vocabulary=5) for length in (2, 7)]
     policy = kind(small_model("gpt2", eos_ids=end, vocabulary=5))
     batch = rollout(policy, Numbers(), left_padded(prompts), samples, steps, seeded(0), temperature)
