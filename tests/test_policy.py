@@ -69,14 +69,6 @@ def test_a_model_is_given_only_what_its_forward_takes():
     torch.testing.assert_close(policy(batch), expected, rtol=0, atol=1e-5)
 
 
-def test_logits_are_computed_for_completion_tokens_only():
-    policy, batch, rows = Policy(small_model("llama")), ragged_batch(PROMPTS, COMPLETIONS), []
-    head = policy.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1]))
-    policy(batch)
-    assert rows == [(len(COMPLETIONS), max(LENGTHS))]
-
-
 def test_token_logprobs_are_log_softmax_with_its_gradient():
     generator = torch.Generator().manual_seed(0)
     logits = (10 * torch.randn(7, 50, generator=generator)).requires_grad_()
@@ -131,17 +123,3 @@ def test_a_plain_pass_takes_any_number_of_completions():
     batch = ragged_batch(PROMPTS, COMPLETIONS)
     [(rows, part)] = Policy(small_model("llama")).micro_batches(batch)
     assert rows.tolist() == list(range(6)) and len(part) == 6
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "attention"),
-    [
-        ("cpu", torch.float32, "sdpa"),
-        ("cpu", torch.bfloat16, "eager"),
-        ("meta", torch.bfloat16, "sdpa"),
-    ],
-    ids=str,
-)
-def test_attention_is_eager_in_bfloat16_on_a_cpu(device, dtype, attention):
-    model = Policy(small_model("llama").to(device), dtype).model
-    assert model.config._attn_implementation == attention

@@ -1,19 +1,16 @@
 """The inner updates: what they compute, what they move, and what stays where it was."""
 
 import copy
-import random
+import re
 from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
-from conftest import TINY
-from short_runs import make_learner, make_task, saved_weights, short_config, short_training
+from processes import finish
+from short_runs import make_learner, make_task, short_config
 from small_models import (
-    Numbers,
     Recorder,
-    assert_same_gradients,
-    left_padded,
     nearby,
     ragged_batch,
     random_ids,
@@ -28,7 +25,6 @@ from engine.policy import Policy, Rollout
 from engine.problems import RewardFile
 from engine.tree import TreePolicy
 from train_grpo import (
-    Arithmetic,
     Config,
     Learner,
     Task,
@@ -41,7 +37,9 @@ from train_grpo import (
 PROMPTS = [random_ids(length, seed=length) for length in (4, 9)]
 LENGTHS = (5, 1, 3, 6, 2, 6, 4, 1)
 COMPLETIONS = [random_ids(length, seed=50 + i) for i, length in enumerate(LENGTHS)]
-ADVANTAGES = torch.tensor([1.2, -0.9, -0.3, 0.8, 0.5, -1.3, 0.0, 0.7])
+ADVANTAGES = torch.tensor([1.2, -0.9, 0.0, 0.8, 0.5, -1.3, 0.0, 0.7])
+TRUNCATED = torch.tensor([False, True, False, False, False, True, True, False])
+RATE = 0.05  # of plain gradient descent
 BOTH = pytest.mark.parametrize("kind", [Policy, TreePolicy])
 
 
@@ -52,7 +50,10 @@ def always_a_tree(monkeypatch):
 
 
 def make_batch() -> Rollout:
-    return ragged_batch(PROMPTS, COMPLETIONS)
+    """Two groups of four, whose recorded log-probabilities are not those of any policy."""
+    batch = ragged_batch(PROMPTS, COMPLETIONS)
+    recorded = -torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    return replace(batch, sampled_logprobs=recorded * batch.mask, truncated=TRUNCATED)
 
 
 def plain_logprobs(model) -> list[torch.Tensor]:
@@ -61,28 +62,93 @@ def plain_logprobs(model) -> list[torch.Tensor]:
     return [row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
+def plain_updates(policy: Policy, reference: Policy, read: list[int], config: Config):
+    """GRPO with plain gradient descent, one whole sequence at a time. Returns (model, metrics).
+
+    `read`: the completions that the policy must read.
+    """
+    model = copy.deepcopy(policy.model)
+    old, ref = ([x.detach() for x in plain_logprobs(m)] for m in (model, reference.model))
+    recorded = [x[:n] for x, n in zip(make_batch().sampled_logprobs, LENGTHS, strict=True)]
+    kept = [i for i in range(8) if not (config.mask_truncated and TRUNCATED[i])]
+    divisors = {
+        "grpo": [8 * length for length in LENGTHS],
+        "dr_grpo": [8 * config.max_new_tokens] * 8,
+        "dapo": [sum(LENGTHS[i] for i in kept)] * 8,
+    }
+    updates = []
+    for _ in range(config.num_inner_updates):
+        loss, clip_fraction, scores = 0.0, 0.0, plain_logprobs(model)
+        for i in kept:
+            ratio, advantage = (scores[i] - old[i]).exp(), ADVANTAGES[i]
+            sign = advantage.sign()
+            beyond = (ratio - 1) * sign > config.epsilon
+            surrogate = torch.where(beyond, 1 + config.epsilon * sign, ratio) * advantage
+            strayed = (scores[i] - ref[i]).exp()  # pi_theta / pi_ref
+            penalty = strayed - 1 - strayed.log()
+            part = (config.beta * penalty - surrogate).sum()
+            loss = loss + part / divisors[config.loss_type][i]
+            clip_fraction += beyond.float().mean().item() / 8
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = sum(g.square().sum() for g in gradients).sqrt().item()
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= RATE * gradient * min(1, config.clip_grad_norm / norm)
+        updates.append((loss.item(), clip_fraction, norm))
+    names = "loss", "clip_fraction", "grad_norm"
+    metrics = {name: fmean(u[i] for u in updates) for i, name in enumerate(names)}
+    metrics["skipped_updates"] = 0
+    metrics["logprob_mismatch"] = max((old[i] - recorded[i]).abs().max().item() for i in read)
+    # Without a KL term, kl is that of the first group as it was sampled.
+    ours, rows = (old, range(8)) if config.beta else (recorded, range(4))
+    d = [ref[i] - ours[i] for i in rows]
+    metrics["kl"] = fmean((x.exp() - x - 1).mean().item() for x in d)
+    metrics["kl_penalty"] = fmean(((-x).exp() + x - 1).mean().item() for x in d)
+    metrics["kl_tokens"] = sum(map(len, d))
+    return model, metrics
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_grad_norm": 0.5},
+        {"num_inner_updates": 1, "epsilon": 0.0},  # no ratio has moved: nothing is clipped
+        {"num_inner_updates": 1, "beta": 0.0},  # REINFORCE
+        {"loss_type": "dr_grpo", "max_new_tokens": 11},
+        {"loss_type": "dapo"},
+        {"loss_type": "dapo", "mask_truncated": True},
+        {"mask_truncated": True},
+        {"beta": 0.0, "mask_truncated": True},
+        {"beta": 0.0, "loss_type": "dr_grpo", "max_new_tokens": 11},
+        {"beta": 0.0, "loss_type": "dapo"},
+    ],
+    ids=str,
+)
 @BOTH
-def test_first_inner_update_has_the_gradient_of_reinforce(kind):
-    policy = kind(small_model("gemma2"))
-    config = Config(num_inner_updates=1, beta=0, clip_grad_norm=1e9)
-    recorder = Recorder(policy)
-    update(policy, nearby(policy), recorder, make_batch(), ADVANTAGES, config)
-    # REINFORCE: the gradient of log pi, weighted by the advantage, averaged over tokens and rows.
-    scores = plain_logprobs(policy.model)
-    gain = torch.stack([a * s.mean() for a, s in zip(ADVANTAGES, scores, strict=True)]).mean()
-    names, parameters = zip(*policy.model.named_parameters(), strict=True)
-    for name, gradient in zip(names, torch.autograd.grad(-gain, parameters), strict=True):
-        assert (recorder.gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
-def test_first_inner_update_clips_nothing_even_at_epsilon_zero(micro_batch_size):
-    policy = Policy(small_model("llama"))
-    config = Config(num_inner_updates=1, epsilon=0, micro_batch_size=micro_batch_size)
-    inputs = policy, nearby(policy), Recorder(policy), make_batch(), ADVANTAGES
-    metrics = update(*inputs, config)
-    assert metrics["clip_fraction"] == 0
-    assert metrics["kl"] > 0  # against a reference from which it has strayed
+def test_updates_and_metrics_equal_a_plain_loop(kind, settings, size):
+    policy = kind(small_model("llama"))
+    start, reference, sizes = copy.deepcopy(policy.model), nearby(policy), ([], [])
+    settings = {"beta": 0.3, "clip_grad_norm": 1e9, "num_inner_updates": 3, **settings}
+    config = Config(num_generations=4, micro_batch_size=size, **settings)
+    # Without a KL term, the loss needs no completion of advantage 0, nor one that is left out.
+    needed = (ADVANTAGES != 0) & ~(TRUNCATED & config.mask_truncated)
+    read = [i for i in range(8) if config.beta or needed[i]]
+    model, expected = plain_updates(policy, reference, read, config)
+    for module, seen in zip((policy, reference), sizes, strict=True):
+        module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
+    optimizer = torch.optim.SGD(policy.parameters(), RATE)
+    metrics = update(policy, reference, optimizer, make_batch(), ADVANTAGES, config)
+    assert metrics == pytest.approx(expected, rel=1e-3)
+    assert metrics["grad_norm"] > 0.5
+    assert metrics["clip_fraction"] > 0 or config.num_inner_updates == 1
+    models = (start, policy.model, model)
+    for before, mine, its in zip(*(m.parameters() for m in models), strict=True):
+        assert (mine - its).norm() <= 1e-3 * (its - before).norm()
+    own = torch.arange(len(read)).split(size or len(read))
+    measured = own if config.beta else torch.arange(4).split(size or 4)
+    assert sizes[0] == [len(part) for part in own] * config.num_inner_updates
+    assert sizes[1] == [len(part) for part in measured]
 
 
 def fresh(tiny, config: Config, kind=Policy, dtype=torch.float32) -> tuple[Task, Learner]:
@@ -103,100 +169,18 @@ def test_in_the_first_iteration_kl_is_exactly_zero(tiny, kind, dtype, micro_batc
     assert second["kl"] > 0 and second["kl_penalty"] > 0
 
 
-def plain_updates(policy: Policy, reference: Policy, config: Config, rate: float):
-    """GRPO with plain gradient descent, one whole sequence at a time. Returns (model, metrics)."""
-    model = copy.deepcopy(policy.model)
-    old = [score.detach() for score in plain_logprobs(model)]
-    ref = [score.detach() for score in plain_logprobs(reference.model)]
-    updates = []
-    for _ in range(config.num_inner_updates):
-        losses, kls, penalties, held = [], [], [], []
-        for i, score in enumerate(plain_logprobs(model)):
-            ratio, advantage = torch.exp(score - old[i]), ADVANTAGES[i]
-            inside = (ratio > 1 - config.epsilon) & (ratio < 1 + config.epsilon)
-            edge = 1 + config.epsilon if advantage > 0 else 1 - config.epsilon
-            beyond = ~inside & ((ratio > 1) == (advantage > 0)) & (advantage != 0)
-            surrogate = torch.where(beyond, torch.tensor(edge), ratio) * advantage
-            strayed = torch.exp(score - ref[i])  # pi_theta / pi_ref
-            penalty = strayed - 1 - torch.log(strayed)
-            losses.append((config.beta * penalty - surrogate).mean())
-            penalties.append(penalty.mean().item())
-            kls.append((1 / strayed - 1 + torch.log(strayed)).mean().item())
-            held.append(beyond.float().mean().item())
-        loss = torch.stack(losses).mean()
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        norm = sum(g.square().sum() for g in gradients).sqrt().item()
-        with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= rate * gradient * min(1, config.clip_grad_norm / norm)
-        updates.append((loss.item(), fmean(held), norm, fmean(kls), fmean(penalties)))
-    loss, clip_fraction, norm = (fmean(u[i] for u in updates) for i in range(3))
-    metrics = {"loss": loss, "clip_fraction": clip_fraction, "grad_norm": norm}
-    metrics |= {"kl": updates[0][3], "kl_penalty": updates[0][4], "kl_tokens": sum(LENGTHS)}
-    return model, metrics
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
-@pytest.mark.parametrize("clip_grad_norm", [0.5, 1e9])
-@BOTH
-def test_all_inner_updates_equal_a_plain_loop(kind, clip_grad_norm, micro_batch_size):
-    policy = kind(small_model("llama"))
-    start, reference, rate = copy.deepcopy(policy.model), nearby(policy), 0.05
-    config = Config(
-        num_inner_updates=4,
-        beta=0.3,
-        clip_grad_norm=clip_grad_norm,
-        micro_batch_size=micro_batch_size,
-    )
-    model, expected = plain_updates(policy, reference, config, rate)
-    optimizer = torch.optim.SGD(policy.parameters(), rate)
-    metrics = update(policy, reference, optimizer, make_batch(), ADVANTAGES, config)
-    del metrics["logprob_mismatch"]  # this batch was never sampled
-    assert metrics.pop("skipped_updates") == 0
-    assert metrics == pytest.approx(expected, rel=1e-3)
-    assert metrics["clip_fraction"] > 0 and metrics["grad_norm"] > 0.5
-    for before, mine, its in zip(
-        start.parameters(), policy.parameters(), model.parameters(), strict=True
-    ):
-        assert (mine - its).norm() <= 1e-3 * (its - before).norm()
-
-
-@pytest.mark.parametrize(("masked", "expected"), [(False, 0.5), (True, 0.0)])
-@BOTH
-def test_logprob_mismatch_shows_a_wrong_record_before_the_end(kind, masked, expected):
-    policy, generator = kind(small_model("llama", eos_ids=list(range(2, 12)))), torch.Generator()
-    batch = rollout(policy, Numbers(), left_padded(PROMPTS), 4, 6, generator.manual_seed(1))
-    row, token = ((batch.mask == 0) == masked).nonzero()[-1].tolist()
-    if masked:
-        batch.completion_ids[row, token] += 1
-    else:
-        batch.sampled_logprobs[row, token] += 0.5
-    config = Config(num_inner_updates=2, micro_batch_size=3)
-    metrics = update(policy, policy, Recorder(policy), batch, ADVANTAGES, config)
-    assert metrics["logprob_mismatch"] == pytest.approx(expected, abs=1e-4)
-
-
 def test_each_completion_is_scored_against_its_own_answer(tiny, monkeypatch):
+    def answer_rightly(policy, tokenizer, *rest) -> Rollout:
+        batch = rollout(policy, tokenizer, *rest)
+        chats = tokenizer.batch_decode(batch.prompt_ids)
+        problems = [re.search(r"What is (.*?)\?", chat)[1] for chat in chats]
+        assert len(problems) == 12 and len(set(problems)) == 3
+        return replace(batch, texts=[f"<answer>{eval(problem)}</answer>" for problem in problems])
+
+    monkeypatch.setattr(train_grpo, "rollout", answer_rightly)
     config = short_config("", batch_size=3)
-    asked, scored = [], []
-
-    def spy_rollout(*arguments):
-        batch = rollout(*arguments)
-        asked.extend(tiny[1].batch_decode(batch.prompt_ids))
-        return batch
-
-    def spy_reward(texts, answers, rewards):
-        scored.extend(answers)
-        return reward_function(texts, answers, rewards)
-
-    monkeypatch.setattr(train_grpo, "rollout", spy_rollout)
-    monkeypatch.setattr(train_grpo, "reward_function", spy_reward)
-    train_iteration(*fresh(tiny, config), config)
-    problems = Arithmetic(0, 10).draw(3, random.Random(0))
-    assert len({problem.answer for problem in problems}) == 3
-    assert scored == [problem.answer for problem in problems for _ in range(4)]
-    for chat, problem in zip(asked, (p for p in problems for _ in range(4)), strict=True):
-        assert problem.question in chat
+    metrics, _ = train_iteration(*fresh(tiny, config), config)
+    assert metrics["accuracy"] == 1
 
 
 def test_batch_metrics_are_the_means_their_names_say():
@@ -226,222 +210,58 @@ def test_batch_metrics_are_the_means_their_names_say():
     )
 
 
-def test_training_moves_the_policy_and_never_the_reference(monkeypatch, tmp_path):
-    seen, real_iteration = [], train_grpo.train_iteration
-
-    def spy(task, learner, config):
-        seen.append(learner.reference)
-        return real_iteration(task, learner, config)
-
-    monkeypatch.setattr(train_grpo, "train_iteration", spy)
-    _, trained = short_training(tmp_path)
-    base = saved_weights(TINY)
-    assert len(seen) == 3 and all(reference is seen[0] for reference in seen)
-    frozen = seen[0].model.state_dict()
-    assert base.keys() <= trained.keys() == frozen.keys()
-    for name, weight in base.items():
-        assert torch.equal(frozen[name], weight), name
-        assert not torch.equal(trained[name], weight), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_at_rate_1e_7_training_moves_the_policy_alone(tiny, dtype):
+    config = short_config("", batch_size=4, learning_rate=1e-7)
+    task, learner = fresh(tiny, config, dtype=dtype)
+    for _ in range(3):
+        train_iteration(task, learner, config)
+    trained, frozen = (p.state_dict() for p in (learner.policy, learner.reference))
+    for name, weight in tiny[0].named_parameters():
+        assert torch.equal(frozen[name], weight.to(dtype)), name
+        assert trained[name].dtype == torch.float32
+        moved = trained[name] - weight
+        assert (moved != 0).float().mean() > 0.5 and moved.abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize(
     "schedule, expected", [("constant", [1.0] * 4), ("linear", [1.0, 0.75, 0.5, 0.25])]
 )
 def test_the_rate_is_constant_or_falls_linearly(monkeypatch, tmp_path, schedule, expected):
-    rates, real_iteration = [], train_grpo.train_iteration
+    rates = []
 
     def spy(task, learner, config):
-        rates.append(
-            [group["lr"] / config.learning_rate for group in learner.optimizer.param_groups]
-        )
-        return real_iteration(task, learner, config)
+        rates.extend(g["lr"] / config.learning_rate for g in learner.optimizer.param_groups)
+        return train_iteration(task, learner, config)
 
     monkeypatch.setattr(train_grpo, "train_iteration", spy)
-    short_training(tmp_path, lr_schedule=schedule, num_iterations=4)
-    assert rates == [[share] for share in expected]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_rate_1e_7_the_policy_still_moves(tmp_path, dtype):
-    _, trained = short_training(tmp_path, learning_rate=1e-7, dtype=dtype, batch_size=4)
-    for name, weight in saved_weights(TINY).items():
-        assert trained[name].dtype == torch.float32
-        assert (trained[name] != weight).float().mean() > 0.5, name
-        assert (trained[name] - weight).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo"])
-@BOTH
-def test_tokens_weigh_the_same_in_any_micro_batch(kind, loss_type, micro_batch_size):
-    policy, longest = kind(small_model("llama")), 11
-    reference, recorder = nearby(policy), Recorder(policy)
-    config = Config(
-        num_inner_updates=1,
-        beta=0.3,
-        clip_grad_norm=1e9,
-        loss_type=loss_type,
-        max_new_tokens=longest,
-        micro_batch_size=micro_batch_size,
-    )
-    metrics = update(policy, reference, recorder, make_batch(), ADVANTAGES, config)
-    losses, scores, refs = [], plain_logprobs(policy.model), plain_logprobs(reference.model)
-    for advantage, score, ref in zip(ADVANTAGES, scores, refs, strict=True):
-        d = score - ref.detach()
-        losses.append(config.beta * (d.exp() - d - 1) - (score - score.detach()).exp() * advantage)
-    tokens = {"dr_grpo": longest * len(LENGTHS), "dapo": sum(LENGTHS)}[loss_type]
-    loss = torch.cat(losses).sum() / tokens
-    names, parameters = zip(*policy.model.named_parameters(), strict=True)
-    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    assert_same_gradients(recorder.gradients, expected)
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-
-
-FEW = torch.tensor([0.0, -0.9, 0.0, 0.0, 0.5, 0.0, 0.0, 0.7])  # of both groups
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 2])
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-@BOTH
-def test_at_beta_zero_only_completions_with_an_advantage_are_read(
-    kind, loss_type, micro_batch_size
-):
-    policy, seen = kind(small_model("llama").double()), []
-    reference, recorder = nearby(policy), Recorder(policy)
-    policy.register_forward_pre_hook(lambda policy, inputs: seen.append(len(inputs[0])))
-    settings = {"loss_type": loss_type, "micro_batch_size": micro_batch_size, "beta": 0.0}
-    config = Config(num_inner_updates=1, clip_grad_norm=1e9, **settings)
-    metrics = update(policy, reference, recorder, make_batch(), FEW, config)
-    assert sum(seen) == 3
-    # All completions count where the loss is averaged, with advantage 0 too.
-    lengths = torch.tensor(LENGTHS)
-    divisor = {"grpo": 8 * lengths, "dr_grpo": 8 * config.max_new_tokens, "dapo": lengths.sum()}
-    weights = FEW / divisor[loss_type]
-    sums = torch.stack([score.sum() for score in plain_logprobs(policy.model)])
-    names, parameters = zip(*policy.model.named_parameters(), strict=True)
-    expected = torch.autograd.grad(-(weights * sums).sum(), parameters)
-    for name, gradient in zip(names, expected, strict=True):
-        assert (recorder.gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
-    assert metrics["loss"] == pytest.approx(-(weights * lengths).sum().item(), rel=1e-6)
+    finish(tmp_path, "--num_iterations", 4, "--lr_schedule", schedule)
+    assert rates == expected
 
 
 @BOTH
-def test_at_beta_zero_no_pass_reads_what_the_loss_leaves_out(kind):
-    policy, seen = kind(small_model("llama")), []
-    reference = nearby(policy)
-    policy.register_forward_pre_hook(lambda policy, inputs: seen.append(len(inputs[0])))
-    batch = replace(make_batch(), truncated=torch.arange(8) == 4)
-    config = Config(num_inner_updates=1, beta=0, mask_truncated=True)
-    update(policy, reference, Recorder(policy), batch, FEW, config)
-    assert sum(seen) == 2
-
-
-@BOTH
-def test_at_beta_zero_kl_is_read_on_the_first_group_as_sampled(kind):
-    policy, batch = kind(small_model("llama")), make_batch()
-    reference, sizes = nearby(policy), []
-    reference.register_forward_pre_hook(lambda policy, inputs: sizes.append(len(inputs[0])))
-    config = Config(beta=0, num_generations=4, micro_batch_size=1)
-    recorded = batch.mask * -torch.rand(batch.mask.shape, generator=torch.manual_seed(0))
-    batch = replace(batch, sampled_logprobs=recorded)
-    metrics = update(policy, reference, Recorder(policy), batch, ADVANTAGES, config)
-    means = {"kl": [], "kl_penalty": []}
-    for ours, theirs in list(zip(recorded, plain_logprobs(reference.model), strict=True))[:4]:
-        d = theirs - ours[: len(theirs)]
-        means["kl"].append((d.exp() - d - 1).mean().item())
-        means["kl_penalty"].append(((-d).exp() + d - 1).mean().item())
-    for name, values in means.items():
-        assert metrics[name] == pytest.approx(fmean(values), rel=1e-4)
-    assert metrics["kl_tokens"] == sum(LENGTHS[:4]) and sizes == [1] * 4
-
-
-@BOTH
-def test_without_any_advantage_adam_takes_its_step_with_gradient_zero(kind):
+def test_without_any_advantage_the_gradient_is_zero_not_absent(kind):
     policy = kind(small_model("llama"))
-    expected = copy.deepcopy(policy)
-    optimizers = [torch.optim.AdamW(p.parameters(), 1e-3) for p in (policy, expected)]
-    inputs = optimizers[0], make_batch()
-    config = Config(beta=0, num_inner_updates=1)
-    update(policy, policy, *inputs, ADVANTAGES, config)
-    update(expected, expected, optimizers[1], make_batch(), ADVANTAGES, config)
-    metrics = update(policy, policy, *inputs, torch.zeros(8), config)
-    for parameter in expected.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizers[1].step()
+    recorder, config = Recorder(policy), Config(beta=0, num_inner_updates=1)
+    metrics = update(policy, policy, recorder, make_batch(), torch.zeros(8), config)
     assert metrics["grad_norm"] == 0 and metrics["skipped_updates"] == 0
-    for mine, its in zip(policy.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(mine, its)
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 3])
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-@BOTH
-def test_truncated_completions_teach_nothing_if_masked(kind, loss_type, micro_batch_size):
-    policy = kind(small_model("llama"))
-    recorder = Recorder(policy)
-    truncated = torch.tensor([False, True, False, True, False, False, False, True])
-    settings = {"loss_type": loss_type, "micro_batch_size": micro_batch_size}
-    config = Config(
-        num_inner_updates=1, beta=0.3, clip_grad_norm=1e9, mask_truncated=True, **settings
-    )
-    batch, reference = replace(make_batch(), truncated=truncated), nearby(policy)
-    update(policy, reference, recorder, batch, ADVANTAGES, config)
-    kept = [i for i in range(8) if not truncated[i]]
-    scores, refs = plain_logprobs(policy.model), plain_logprobs(reference.model)
-    loss = 0.0
-    for i in kept:
-        d = scores[i] - refs[i].detach()
-        gain = (scores[i] - scores[i].detach()).exp() * ADVANTAGES[i]
-        divisor = {"grpo": 8 * LENGTHS[i], "dapo": sum(LENGTHS[k] for k in kept)}[loss_type]
-        loss = loss + (config.beta * (d.exp() - d - 1) - gain).sum() / divisor
-    names, parameters = zip(*policy.model.named_parameters(), strict=True)
-    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    assert_same_gradients(recorder.gradients, expected)
-
-
-@BOTH
-def test_at_beta_zero_the_reference_is_logged_and_not_felt(kind):
-    policy, config = kind(small_model("llama")), Config(num_inner_updates=1, beta=0)
-    with torch.no_grad():
-        batch = replace(make_batch(), sampled_logprobs=policy(make_batch()))
-    found = []
-    for reference in (policy, nearby(policy)):
-        recorder = Recorder(policy)
-        metrics = update(policy, reference, recorder, batch, ADVANTAGES, config)
-        found.append((metrics, recorder.gradients))
-    (at_home, expected), (strayed, gradients) = found
-    assert at_home["kl"] == pytest.approx(0, abs=1e-9)
-    assert strayed["kl"] > 1e-6 and strayed["kl_penalty"] > 1e-6
-    assert strayed["loss"] == at_home["loss"] and strayed["grad_norm"] == at_home["grad_norm"] > 0
-    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert not any(gradient.any() for gradient in recorder.gradients.values())
 
 
 def test_advantages_are_scaled_as_the_setting_says(tiny, monkeypatch):
-    found = {}
+    found = []
 
-    def spy(learner, batch, advantages, config):
-        found[config.scale_rewards] = advantages
+    def keep(learner, batch, advantages, config) -> dict:
+        found.append(advantages)
         return {}
 
-    monkeypatch.setattr(train_grpo, "update_policy", spy)
-    for scale in ("group", "none"):
+    monkeypatch.setattr(train_grpo, "update_policy", keep)
+    for scale in ("none", "group"):
         config = short_config("", batch_size=4, scale_rewards=scale)
         train_iteration(*fresh(tiny, config), config)
-    assert found["none"].abs().max() > 0
     # Advantages without scaling are rewards up to a constant per group.
-    torch.testing.assert_close(found["group"], group_advantages(found["none"], 4))
-    assert not torch.equal(found["group"], found["none"])
-
-
-@pytest.mark.parametrize("beta", [0, 0.3])
-@BOTH
-def test_an_update_reads_micro_batches_of_the_size_asked_for(kind, beta):
-    policy, sizes = kind(small_model("llama")), []
-    reference = nearby(policy)
-    policy.register_forward_pre_hook(lambda policy, inputs: sizes.append(len(inputs[0])))
-    config = Config(num_inner_updates=2, micro_batch_size=3, beta=beta)
-    update(policy, reference, Recorder(policy), make_batch(), torch.ones(8), config)
-    assert sizes == [3, 3, 2] * 2
+    torch.testing.assert_close(found[1], group_advantages(found[0], 4))
+    assert found[0].any() and not torch.equal(*found)
 
 
 class Breaker(Recorder):
