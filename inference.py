@@ -14,50 +14,52 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 
-from engine.cli import check_text
 from engine.files import ROOT, ScriptParser, UserError, exit_code, read_file
 from engine.machine import choose_device, choose_dtype
 from engine.models import load_model, model_folder
 from engine.policy import Policy
 from engine.presets import PRESETS, choose_preset
 from engine.problems import RewardFile
-from engine.prompt import check_question, read_prompt
+from engine.prompt import TASK_SETTINGS, check_question, read_prompt
 from train_grpo import Config, answer_questions, load_task
 
-LONGEST = 4000  # characters of a question
 
-
-def choose_model() -> tuple[str, str]:
-    """(model, reason) if the command line names none."""
+def choose_model(named: str | None) -> str:
+    """The model that the command line names, else the default. Prints which one and why."""
     saved = model_folder("saved_model")
-    if saved and (saved / "config.json").exists():
-        return "saved_model", "trained here"
-    preset, reason = choose_preset(Config.model_name)
-    name = PRESETS[preset].get("model_name", Config.model_name)
-    return name, f"nothing has been trained here yet; {reason}"
+    if named:
+        name, reason = named, "named on the command line"
+    elif saved and (saved / "config.json").exists():
+        name, reason = "saved_model", "trained here"
+    else:
+        preset, why = choose_preset(Config.model_name)
+        name = PRESETS[preset].get("model_name", Config.model_name)
+        reason = f"nothing has been trained here yet; {why}"
+    print(f"model {name}: {reason}", file=sys.stderr)
+    return name
 
 
 def config_of(model_name: str, **flags) -> Config:
     """The settings of the task that a model was trained on, else of the preset that trains it.
 
-    Flags override them.
+    Flags override them, where they are not None.
     """
 
     def folder_of(name: str):  # the same folder can be written in many ways
         return (model_folder(name) or ROOT / name).resolve()
 
-    prompt = read_prompt(model_name)
+    prompt, given = read_prompt(model_name), {n: v for n, v in flags.items() if v is not None}
     if prompt is None:
         presets = {folder_of(p.get("model_name", Config.model_name)): p for p in PRESETS.values()}
         settings = presets.get(folder_of(model_name), {})
     else:
-        names = "problems", "min_operand", "max_operand", "rewards"
-        settings = {n: prompt.task[n] for n in names if n in prompt.task}
+        settings = {name: prompt.task[name] for name in TASK_SETTINGS if name in prompt.task}
         settings["max_new_tokens"] = prompt.max_new_tokens
-    if "problems" in flags:
-        flags |= {"min_operand": Config.min_operand, "max_operand": Config.max_operand}
-    return Config(**{**settings, "model_name": model_name, **flags})
+    if "problems" in given:
+        given |= {"min_operand": Config.min_operand, "max_operand": Config.max_operand}
+    return Config(**{**settings, "model_name": model_name, **given})
 
 
 def why_not_run(model_name: str) -> str | None:
@@ -122,17 +124,16 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    name, reason = (args.model, "named on the command line") if args.model else choose_model()
-    print(f"model {name}: {reason}", file=sys.stderr)
+    name = choose_model(args.model)
     device, prompt = choose_device(args.device), read_prompt(name)
-    config = config_of(name, **({"rewards": args.rewards} if args.rewards else {}))
+    config = config_of(name, rewards=args.rewards)
     warning = None if args.rewards else why_not_run(name)
+    if warning:
+        print(f"prints whole completions: {warning}; name one with --rewards", file=sys.stderr)
     if prompt is None:
         _, rewards, prompt = load_task(config)
     else:
         rewards = None if warning else RewardFile(config.rewards)
-    if warning:
-        print(f"prints whole completions: {warning}; name one with --rewards", file=sys.stderr)
     model, tokenizer = load_model(name, device)
     policy = Policy(model, choose_dtype("auto", device))
     try:
@@ -141,14 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("standard input is not UTF-8 text") from error
     questions, samples = [line.strip() for line in lines], args.num_samples
     for question in questions:
-        check_text("the question", question)
-        if len(question) > LONGEST:
-            raise UserError(f"the question has {len(question)} characters; at most {LONGEST} fit")
         check_question(question, tokenizer)
     asked = [question for question in questions if question for _ in range(samples)]
-    rest = answer_questions(policy, tokenizer, prompt, asked, None, args.temperature)
+    answers = iter(answer_questions(policy, tokenizer, prompt, asked, None, args.temperature))
     for question in questions:
-        texts, rest = (rest[:samples], rest[samples:]) if question else ([], rest)
+        texts = list(islice(answers, samples if question else 0))
         for text in texts if args.verbose else []:
             print(text)
         print(most_common_answer(texts, rewards.parse if rewards else str), flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
 from engine.files import METRICS_FILE, ScriptParser, UserError, exit_code, read_json, write_bytes
-from engine.report import REPORT_FILE, WINDOW, write_report
+from engine.report import REPORT_FILE, WINDOW, moving_average, write_report
 
 PLOT_FILES = ("grpo_training_curve.png", "grpo_kl_divergence.png")
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
@@ -38,11 +38,9 @@ def read_metrics(path: Path) -> dict:
 
 def series(metrics: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a metric's raw values and their moving average over the last WINDOW iterations."""
-    raw = np.array([m[name] for m in metrics["iterations"]], dtype=float)
-    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(raw))])
-    last = np.arange(1, len(raw) + 1)
-    first = np.maximum(last - WINDOW, 0)
-    return raw, (sums[last] - sums[first]) / (last - first)
+    values = [m[name] for m in metrics["iterations"]]
+    means = [moving_average(values, end + 1) for end in range(len(values))]
+    return np.array(values, dtype=float), np.array(means, dtype=float)
 
 
 def draw_series(axes, metrics: dict, name: str, colour: str, label: str, faint: bool) -> None:
@@ -58,32 +56,14 @@ def draw_series(axes, metrics: dict, name: str, colour: str, label: str, faint: 
 
 def draw_evaluations(axes, metrics: dict, kind: str, colour: str, marker: str, label: str) -> None:
     """Draw validation accuracies with their 95% intervals."""
-    points = [
-        (e["iteration"], e["accuracies"][kind])
-        for e in metrics["evaluations"]
-        if e["split"] == "validation"
-    ]
-    if not points:
+    found = [e for e in metrics["evaluations"] if e["split"] == "validation"]
+    if not found:
         return
-    x = [iteration for iteration, _ in points]
-    y = np.array([a["accuracy"] for _, a in points])
-    below = np.maximum(y - [a["low"] for _, a in points], 0)  # up to rounding
-    above = np.maximum([a["high"] for _, a in points] - y, 0)
+    names = "accuracy", "low", "high"
+    y, low, high = np.array([[e["accuracies"][kind][n] for n in names] for e in found]).T
     style = {"fmt": marker, "color": colour, "markersize": 4.5, "capsize": 2, "linewidth": 1}
-    axes.errorbar(x, y, yerr=[below, above], label=label, **style)
-
-
-def draw_one_curve(reward, accuracy, metrics: dict) -> None:
-    draw_series(reward, metrics, "reward", COLOURS[0], f"mean of {WINDOW} iterations", faint=True)
-    draw_series(accuracy, metrics, "accuracy", COLOURS[0], "training, sampled", faint=True)
-    for kind, colour, marker in (("sampled", COLOURS[2], "o"), ("greedy", COLOURS[1], "s")):
-        draw_evaluations(accuracy, metrics, kind, colour, marker, f"validation, {kind}")
-    for e in metrics["evaluations"][:1]:
-        base = e["accuracies"]["sampled"]["accuracy"]
-        accuracy.axhline(base, color="0.35", linestyle="--", linewidth=1, label="base, sampled")
-    if type(metrics.get("best_iteration")) is int:
-        style = {"color": COLOURS[6], "linestyle": ":", "linewidth": 1}
-        accuracy.axvline(metrics["best_iteration"], label="saved policy", **style)
+    x = [e["iteration"] for e in found]
+    axes.errorbar(x, y, yerr=[y - low, high - y], label=label, **style)
 
 
 def draw_watched(axes, metrics: dict) -> None:
@@ -96,17 +76,18 @@ def draw_watched(axes, metrics: dict) -> None:
     for colour, (name, label) in zip(colours, names.items(), strict=False):
         if all(type(m.get(name)) is float for m in history):
             draw_series(axes, metrics, name, colour, label, faint=name not in parts)
-    draw_off_task(axes, metrics, "accuracy", OFF_TASK, "off-task accuracy")
+    draw_off_task(axes, metrics, "accuracy")
     axes.set(xlabel="iteration", ylabel="share, or nats per token")
     axes.set_ylim(bottom=0)
 
 
-def draw_off_task(axes, metrics: dict, name: str, colour: str, label: str) -> None:
+def draw_off_task(axes, metrics: dict, name: str) -> None:
     """Draw one number of `evaluate_off_task`, where the evaluations have it."""
     points = [(e["iteration"], e.get("off_task", {}).get(name)) for e in metrics["evaluations"]]
     points = [point for point in points if type(point[1]) is float]
     if points:
-        axes.plot(*zip(*points, strict=True), "D", color=colour, markersize=4, label=label)
+        style = {"color": OFF_TASK, "markersize": 4, "label": f"off-task {name}"}
+        axes.plot(*zip(*points, strict=True), "D", **style)
 
 
 def save_figure(figure, path: Path) -> None:
@@ -115,11 +96,64 @@ def save_figure(figure, path: Path) -> None:
     write_bytes(path, png.getvalue())
 
 
-def draw(paths: list[Path], output: Path) -> None:
-    """Plot the metrics files `paths` into `output`: one run in full, or several overlaid.
+def draw_curves(runs: list[dict], labels: list[str]) -> Figure:
+    """Reward and accuracy: of one run in full, or of several overlaid."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    reward, accuracy = figure.subplots(1, 2)
+    if len(runs) == 1:
+        [run], mean = runs, f"mean of {WINDOW} iterations"
+        draw_series(reward, run, "reward", COLOURS[0], mean, faint=True)
+        draw_series(accuracy, run, "accuracy", COLOURS[0], "training, sampled", faint=True)
+        draw_evaluations(accuracy, run, "sampled", COLOURS[2], "o", "validation, sampled")
+        draw_evaluations(accuracy, run, "greedy", COLOURS[1], "s", "validation, greedy")
+        for e in run["evaluations"][:1]:
+            base = e["accuracies"]["sampled"]["accuracy"]
+            accuracy.axhline(base, color="0.35", linestyle="--", linewidth=1, label="base, sampled")
+        if type(run.get("best_iteration")) is int:
+            style = {"color": COLOURS[6], "linestyle": ":", "linewidth": 1}
+            accuracy.axvline(run["best_iteration"], label="saved policy", **style)
+        if run.get("stop_reason"):
+            ending = f"{run.get('status')}: {run['stop_reason']}"
+            figure.suptitle(ending[:120], fontsize=10, parse_math=False)
+    else:
+        for colour, run, label in zip(cycle(COLOURS), runs, labels, strict=False):
+            draw_series(reward, run, "reward", colour, label, faint=False)
+            draw_series(accuracy, run, "accuracy", colour, label, faint=False)
+            draw_evaluations(accuracy, run, "greedy", colour, "s", f"{label}, greedy")
+    # The weights are the user's: rewards may go below 0 or beyond 1.
+    reward.set(xlabel="iteration", ylabel="reward per completion")
+    low, high = reward.get_ylim()
+    reward.set_ylim(min(0, low), max(1.02, high))
+    accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
+    reward.legend(loc="lower right")
+    accuracy.legend(loc="best")
+    return figure
 
-    Two PNGs, and the report.
-    """
+
+def draw_kl(runs: list[dict], labels: list[str]) -> Figure:
+    """KL of one run, and what else to watch; or `kl` of several runs."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    if len(runs) == 1:
+        [run], (axes, watched) = runs, figure.subplots(1, 2)
+        draw_off_task(axes, run, "kl")
+        draw_series(axes, run, "kl", COLOURS[0], "kl (published estimator)", faint=True)
+        draw_series(axes, run, "kl_penalty", COLOURS[1], "kl_penalty (in the loss)", faint=True)
+        draw_watched(watched, run)
+        watched.legend(loc="center right")
+    else:
+        axes = figure.subplots()
+        for colour, run, label in zip(cycle(COLOURS), runs, labels, strict=False):
+            draw_series(axes, run, "kl", colour, f"{label}, kl (published estimator)", faint=False)
+    axes.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def draw(paths: list[Path], output: Path) -> None:
+    """Write two plots and the report of the metrics files `paths` into `output`."""
     runs = [read_metrics(path) for path in paths]
     names = [str(path.parent) if str(path.parent) != "." else path.stem for path in paths]
     labels = [name.replace("$", r"\$") for name in names]  # a pair of $ would start a formula
@@ -127,48 +161,8 @@ def draw(paths: list[Path], output: Path) -> None:
     write_report(list(zip(names, paths, runs, strict=True)), output)
     style = {"axes.grid": True, "grid.alpha": 0.3, "font.size": 10, "legend.fontsize": 8.5}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        reward, accuracy = figure.subplots(1, 2)
-        if len(runs) == 1:
-            draw_one_curve(reward, accuracy, runs[0])
-        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            if len(runs) > 1:
-                colour = COLOURS[i % len(COLOURS)]
-                draw_series(reward, run, "reward", colour, label, faint=False)
-                draw_series(accuracy, run, "accuracy", colour, label, faint=False)
-                draw_evaluations(accuracy, run, "greedy", colour, "s", f"{label}, greedy")
-        # The weights are the user's: rewards may go below 0 or beyond 1.
-        reward.set(xlabel="iteration", ylabel="reward per completion")
-        low, high = reward.get_ylim()
-        reward.set_ylim(min(0, low), max(1.02, high))
-        accuracy.set(xlabel="iteration", ylabel="share of exact answers", ylim=(0, 1.02))
-        reward.legend(loc="lower right")
-        accuracy.legend(loc="best")
-        if len(runs) == 1 and runs[0].get("stop_reason"):
-            ending = f"{runs[0].get('status')}: {runs[0]['stop_reason']}"
-            figure.suptitle(ending[:120], fontsize=10, parse_math=False)
-        save_figure(figure, output / PLOT_FILES[0])
-
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        all_axes = figure.subplots(1, 2 if len(runs) == 1 else 1, squeeze=False)
-        axes = all_axes[0, 0]
-        if len(runs) == 1:
-            draw_off_task(axes, runs[0], "kl", OFF_TASK, "off-task kl")
-            draw_watched(all_axes[0, 1], runs[0])
-            all_axes[0, 1].legend(loc="center right")
-        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            prefix = f"{label}, " if len(runs) > 1 else ""
-            names = ("kl", "kl_penalty") if len(runs) == 1 else ("kl",)
-            for j, name in enumerate(names):
-                meaning = "kl (published estimator)" if name == "kl" else "kl_penalty (in the loss)"
-                colour = COLOURS[(i + j) % len(COLOURS)]
-                draw_series(axes, run, name, colour, prefix + meaning, faint=len(runs) == 1)
-        axes.set(xlabel="iteration", ylabel="KL from the reference (nats per token)")
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
-        save_figure(figure, output / PLOT_FILES[1])
+        for name, draw_figure in zip(PLOT_FILES, (draw_curves, draw_kl), strict=True):
+            save_figure(draw_figure(runs, labels), output / name)
 
 
 def main(argv: list[str] | None = None) -> int:

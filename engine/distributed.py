@@ -66,17 +66,14 @@ def process_group() -> Iterator[None]:
 
 def local_device(device: torch.device) -> torch.device:
     """`device`; with several processes on cuda, the one of this process."""
-    if device.type != "cuda":
-        return device
-    if world_size() == 1:
-        if device.index is not None and torch.cuda.is_available():
-            torch.cuda.set_device(device)
-        return device
-    here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if here > count > 0:
-        raise UserError(f"{here} processes on a machine with {count} CUDA devices; start {count}")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and world_size() > 1:
+        here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > count > 0:
+            raise UserError(f"{here} processes, but {count} CUDA devices here; start {count}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    return device
 
 
 def all_gather(value) -> list:

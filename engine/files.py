@@ -158,21 +158,32 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
+def locked_folder(
+    path: Path,
+    taken: str = "choose another --output_dir: another run is writing to",
+    remedy: str = "choose another --output_dir, or fix this and --resume from the last checkpoint",
+) -> Iterator[None]:
     """Lock `path` for one run. Raises UserError if it is taken, or if a write fails inside."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with FileLock(path / ".lock").acquire(timeout=0):  # the system frees it if the run dies
             yield
     except Timeout as error:
-        text = f"another run is writing to {path.resolve()}; choose another --output_dir"
-        raise UserError(text) from error
+        raise UserError(f"{taken} {path.resolve()}") from error
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
         failed, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        raise UserError(
-            f"cannot write {failed or path}: {reason or error}; choose another --output_dir, or fix"
-            f" this and --resume: a checkpoint in {path}, if there is one, is intact"
-        ) from error
+        raise UserError(f"cannot write {failed or path}: {reason or error}; {remedy}") from error
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is deleted afterwards, unless it has been moved away."""
+    shutil.rmtree(path, ignore_errors=True)  # left by a killed process
+    path.mkdir()  # no parents: if the user deleted them, a run must stop
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,14 +79,11 @@ def process_seconds() -> float:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this process so far, in MiB: on the host where known, and on cuda."""
     peak = {}
-    try:
+    with suppress(ImportError):
         import resource  # Unix only
 
-        kibi = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak["peak_memory_mib"] = usage / kibi
-    except ImportError:
-        pass
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+        peak["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if device.type == "cuda":
         peak["peak_cuda_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
     return peak
@@ -94,13 +92,12 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def describe_environment(device: torch.device) -> dict:
     """What it takes to repeat a run: command, commit, versions, machine."""
     git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+    commit = None
+    with suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     environment = {
         "command": shlex.join([*distributed.launcher(), *sys.argv]),
-        "git_commit": commit or None,
+        "git_commit": commit,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy", "tokenizers")},
         "platform": platform.platform(),
@@ -110,6 +107,6 @@ def describe_environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name(device)
-        environment |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        environment |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        environment["cudnn"] = torch.backends.cudnn.version()
     return environment

@@ -21,6 +21,7 @@ from engine.files import (
     out_of_memory,
     read_json,
     replace_folder,
+    scratch_folder,
     write_json,
 )
 
@@ -33,7 +34,7 @@ TOKENIZER_FILES += ("added_tokens.json", "chat_template*", "LICENSE*")
 LFS_POINTER = b"version https://git-lfs"
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALE = re.compile(r"(.*weight)[._]?(scale|zero|absmax)")
-NOT_QUANTISED = "name the unquantised model, since quantised weights cannot be trained"
+QUANTISED = "its weights are quantised; name the unquantised model, which can be trained"
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -49,11 +50,15 @@ def model_folder(name: str) -> Path | None:
     return next((folder for folder in (Path(name), ROOT / name) if folder.is_dir()), None)
 
 
+def read_beside(name: str, file: str) -> dict | None:
+    """A JSON file in the folder of a model; None if it has none."""
+    folder = model_folder(name)
+    return read_json(folder / file) if folder and (folder / file).exists() else None
+
+
 def read_source(name: str) -> dict | None:
     """Where fetch_model.py got a model from; None if it did not fetch it."""
-    folder = model_folder(name)
-    found = folder and (folder / SOURCE_FILE).exists()
-    return read_json(folder / SOURCE_FILE) if found else None
+    return read_beside(name, SOURCE_FILE)
 
 
 def hub_source(name: str) -> str | None:
@@ -69,27 +74,60 @@ def hub_source(name: str) -> str | None:
     return None
 
 
-def why_untrainable(folder: Path) -> str | None:
-    """Why the files of a model cannot be trained, with the remedy; None if nothing is seen."""
+def check_files(folder: Path) -> None:
+    """Raise UserError if the files of a model show that it cannot be trained."""
     files = [path for path in folder.iterdir() if path.is_file()]
     for path in files:
         with open(path, "rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{path.name} is a Git LFS pointer, not the file itself; run `git lfs pull`"
+                raise UserError(f"{path.name} is only a Git LFS pointer; run `git lfs pull`")
     endings = {path.suffix for path in files}
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        return "it is an adapter; merge it into its base model, and name the merged model"
+        raise UserError("it is an adapter; merge it into its base model, and name the merged model")
     if ".bin" in endings and ".safetensors" not in endings:
-        return "its weights are .bin files, which can run code; convert them to safetensors"
-    weights = {}
+        raise UserError("its weights, .bin files, can run code; convert them to safetensors")
+    dtypes = {}
     for path in folder.glob("*.safetensors"):
         with safetensors.safe_open(path, "pt") as file:
-            weights |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    for name, dtype in weights.items():
+            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for name, dtype in dtypes.items():
         scaled = SCALE.match(name)
-        if (scaled and scaled[1] in weights) or (name.endswith("weight") and dtype not in FLOATS):
-            return f"{name} shows that its weights are quantised; {NOT_QUANTISED}"
-    return None
+        if (scaled and scaled[1] in dtypes) or (name.endswith("weight") and dtype not in FLOATS):
+            raise UserError(f"{name} shows that {QUANTISED}")
+
+
+def read_model(name: str) -> tuple:
+    """As `load_model`, on the CPU and without what it fills in; and the weights left unused."""
+    folder = model_folder(name)
+    if folder:
+        check_files(folder)
+    elif not hub_source(name):
+        raise UserError(
+            "no such folder, and no model of the hub that can be reached; name a folder, take the"
+            " bundled model with --preset tiny, or run `python fetch_model.py`, which makes"
+            " models/SmolLM2-135M-Instruct"
+        )
+    source, safe = str(folder or name), {"trust_remote_code": False}
+    if getattr(
+        transformers.AutoConfig.from_pretrained(source, **safe), "quantization_config", None
+    ):
+        raise UserError(QUANTISED)
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
+    model, loading = found
+    if folder is None:  # it is in the cache now
+        folder = Path(huggingface_hub.try_to_load_from_cache(name, "config.json")).parent
+        check_files(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+    tokenizer.name_or_path = str(folder)  # whose files a trained model gets
+    if loading["missing_keys"]:  # transformers would initialise them at random
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"its files lack weights: {missing}, ...")
+    if tokenizer.chat_template is None:
+        raise UserError("it has no chat template; use an instruction-tuned model")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError("its tokenizer has more tokens than the model: it is another model's")
+    return model, tokenizer, sorted(loading["unexpected_keys"])
 
 
 def load_model(name: str, device: torch.device):
@@ -97,53 +135,22 @@ def load_model(name: str, device: torch.device):
 
     Only safetensors are read, and no code that comes with a model is run.
     """
-
-    def refuse(reason: str):
-        raise UserError(f"model {name}: {reason}")
-
-    folder = model_folder(name)
-    if folder is None and not hub_source(name):
-        refuse(
-            "no such folder, and no model of the hub that can be reached; name a folder, take the"
-            " bundled model with --preset tiny, or run `python fetch_model.py`, which makes"
-            " models/SmolLM2-135M-Instruct"
-        )
-    source, safe = str(folder or name), {"trust_remote_code": False}
     try:
-        if folder and (problem := why_untrainable(folder)):
-            refuse(problem)
-        config = transformers.AutoConfig.from_pretrained(source, **safe)
-        if getattr(config, "quantization_config", None):
-            refuse(f"its weights are quantised; {NOT_QUANTISED}")
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)
-        model, loading = found
-        if folder is None:  # it is in the cache now
-            folder = Path(huggingface_hub.try_to_load_from_cache(name, "config.json")).parent
-            if problem := why_untrainable(folder):
-                refuse(problem)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
-        ends = eos_token_ids(model, tokenizer)  # raises if there is none
-    except UserError:
-        raise
+        model, tokenizer, unused = read_model(name)
+        ends = eos_token_ids(model, tokenizer)
+    except UserError as error:
+        raise UserError(f"model {name}: {error}") from error
     except Exception as error:  # foreign files can cause any error
         if out_of_memory(error):
             raise
         raise UserError(f"model {name} cannot be loaded: {first_line(error)}") from error
-    if tokenizer.chat_template is None:
-        refuse("it has no chat template; use an instruction-tuned model")
-    if loading["missing_keys"]:  # transformers would initialise them at random
-        refuse(f"its files lack weights: {', '.join(sorted(loading['missing_keys'])[:3])}, ...")
-    if loading["unexpected_keys"]:
-        unused = ", ".join(sorted(loading["unexpected_keys"])[:3])
-        print(f"warning: model {name} has weights that it does not use: {unused}, ...")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        refuse("its tokenizer has more tokens than the model; it belongs to another one")
+    if unused:
+        text = ", ".join(unused[:3])
+        print(f"warning: model {name} has weights that it does not use: {text}, ...")
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.name_or_path = str(folder)  # whose files a trained model gets
     freeze_beside_text(model)
     return model.to(device), tokenizer
 
@@ -181,7 +188,6 @@ def write_model(model: nn.Module, tokenizer, prompt, folder: Path, card: str) ->
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=getattr(model.config.get_text_config(), "bos_token_id", None),
     )
-    folder.mkdir(exist_ok=True)  # no parents: save_pretrained would recreate a deleted output_dir
     model.save_pretrained(folder)
     # The base model's own: transformers 5 rewrites them in a form that older readers refuse.
     base = Path(tokenizer.name_or_path or "no folder")
@@ -196,33 +202,25 @@ def write_model(model: nn.Module, tokenizer, prompt, folder: Path, card: str) ->
 
 def check_saving(model: nn.Module, tokenizer, prompt, output: Path) -> None:
     """Save a model to a scratch folder, read it back, compare. Raises UserError if it differs."""
-    scratch = output / "saved_model.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        write_model(model, tokenizer, prompt, scratch, card="")
-        saved = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
-        weights = saved.state_dict()
-        differ = [n for n, w in model.state_dict().items() if not w.cpu().equal(weights[n])]
+        with scratch_folder(output / "saved_model.tmp") as folder:
+            write_model(model, tokenizer, prompt, folder, card="")
+            saved = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            weights = saved.state_dict()
+            differ = [n for n, w in model.state_dict().items() if not w.cpu().equal(weights[n])]
     except (OSError, SafetensorError):
         raise
     except Exception as error:  # third-party code
         raise UserError(f"this model cannot be saved and loaded again: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     if differ:
         raise UserError(f"this model is not saved as it is: {', '.join(differ[:3])} differ")
 
 
 def save_model(model: nn.Module, tokenizer, prompt, output: Path, card: str) -> None:
     """Replace output/saved_model atomically by a trained model."""
-    tmp_dir = output / "saved_model.tmp"
-    shutil.rmtree(tmp_dir, ignore_errors=True)
-    try:
-        write_model(model, tokenizer, prompt, tmp_dir, card)
-        replace_folder(tmp_dir, output / "saved_model")
-    except (OSError, SafetensorError):
-        shutil.rmtree(tmp_dir, ignore_errors=True)  # frees the space if the disk is full
-        raise
+    with scratch_folder(output / "saved_model.tmp") as folder:
+        write_model(model, tokenizer, prompt, folder, card)
+        replace_folder(folder, output / "saved_model")
 
 
 def model_card(metrics: dict) -> str:

@@ -81,29 +81,27 @@ class ProblemFile:
     def __init__(self, name: str):
         content = read_file("--problems", name)[1]
         self.name, self.sha256 = name, hashlib.sha256(content).hexdigest()
-        self.splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
-        seen: dict[str, tuple[int, Problem]] = {}
         content = content.removeprefix(codecs.BOM_UTF8)
         start = content.lstrip()[:40]
         if start and not start.startswith(b"{"):
             kinds = [kind for magic, kind in OTHER_FORMATS.items() if start.startswith(magic)]
             kinds.append(f"a file that starts with {start.decode(errors='replace')!r}")
             raise UserError(f"--problems {name}: {FORMAT}; this is {kinds[0]}")
+        seen: dict[str, tuple[int, Problem]] = {}  # line and problem by question
         for number, line in enumerate(content.splitlines(), start=1):
             if not line.strip():
                 continue
             try:
                 problem = read_problem(line)
                 earlier, known = seen.setdefault(problem.question, (number, problem))
-                if earlier != number and known[:3] != problem[:3]:
+                if known[:3] != problem[:3]:
                     raise UserError(f"the question of line {earlier}, with another answer or split")
             except UserError as error:
                 raise UserError(f"--problems {name}, line {number}: {error}") from error
-            if earlier == number:
-                self.splits[problem.split].append(problem)
         self.lines = {question: number for question, (number, _) in seen.items()}
-        for split, problems in self.splits.items():
-            if not problems:
+        self.splits = {s: [p for _, p in seen.values() if p.split == s] for s in SPLITS}
+        for split in SPLITS:
+            if not self.splits[split]:
                 raise UserError(
                     f"--problems {name}: no {split} problem among {len(seen)}; add lines, or name"
                     ' the "split" of some'
@@ -124,7 +122,7 @@ class ProblemFile:
 
     def questions(self) -> list[str]:
         """The questions of all splits."""
-        return [p.question for problems in self.splits.values() for p in problems]
+        return list(self.lines)
 
     def where(self, question: str) -> str:
         """What an error calls a question: the line it comes from."""
@@ -203,9 +201,8 @@ class RewardFile:
                 f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them"
                 f" and not {', '.join(sorted(RESERVED_COLUMNS))}; it is {self.weights!r}"
             )
-        for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
-            if not callable(function):
-                raise UserError(f"{self.path}: defines no function {form}")
+        if not callable(self.function):
+            raise UserError(f"{self.path}: defines no function score(completion, answer)")
 
     @contextmanager
     def told_if_slow(self, completion: str, answer: str | int) -> Iterator[None]:

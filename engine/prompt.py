@@ -1,15 +1,13 @@
 """The chat prompt that a question is put into, and grpo_prompt.json, which keeps it."""
 
-import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from engine.cli import json_object
-from engine.files import UserError, read_json
-from engine.models import PROMPT_FILE, model_folder
+from engine.cli import check_text, json_object
+from engine.files import UserError
+from engine.models import PROMPT_FILE, read_beside
 
 # Asked to see how far training moves a chat model on questions it is not trained on.
 CHAT = """What is the capital of France?
@@ -20,6 +18,7 @@ Name three colours.
 Why is the sky blue?
 Who wrote Romeo and Juliet?
 Give me a word that rhymes with light."""
+TASK_SETTINGS = ("problems", "min_operand", "max_operand", "rewards")
 OFF_TASK = {"system": "", "questions": dict.fromkeys(CHAT.splitlines())}
 
 
@@ -31,47 +30,45 @@ class Prompt:
     examples: list  # worked examples, [question, completion] each
     max_new_tokens: int
     chat_template_kwargs: dict = field(default_factory=dict)
-    task: dict = field(default_factory=dict)  # the settings that name problems and rewards
+    task: dict = field(default_factory=dict)  # TASK_SETTINGS, and the checksum of the rewards
     # {"system": str, "questions": {question: answer, or None where there is no single one}}
     off_task: dict = field(default_factory=lambda: OFF_TASK)
 
+    def __post_init__(self):
+        for each in fields(self):
+            if not isinstance(getattr(self, each.name), each.type):
+                raise TypeError(f"{each.name} must be of type {each.type.__name__}")
+
     def chat(self, question: str) -> list[dict[str, str]]:
         """The messages that put a question to the model."""
-        messages = [("system", self.system)] if self.system else []
+        pairs = [("system", self.system)] if self.system else []
         for asked, answered in self.examples:
-            messages += [("user", asked), ("assistant", answered)]
-        pairs = [*messages, ("user", question)]
+            pairs += [("user", asked), ("assistant", answered)]
+        pairs.append(("user", question))
         return [{"role": role, "content": content} for role, content in pairs]
 
 
 def make_prompt(config, examples: list[list[str]], rewards_sha256: str) -> Prompt:
     """The prompt of a run, from its Config. Raises UserError."""
-    names = "problems", "min_operand", "max_operand", "rewards"
     saved = read_prompt(config.model_name)
     return Prompt(
         system=config.system_prompt,
         examples=examples,
         max_new_tokens=config.max_new_tokens,
         chat_template_kwargs=json_object("--chat_template_kwargs", config.chat_template_kwargs),
-        task={n: getattr(config, n) for n in names} | {"rewards_sha256": rewards_sha256},
+        task={n: getattr(config, n) for n in TASK_SETTINGS} | {"rewards_sha256": rewards_sha256},
         off_task=saved.off_task if saved else OFF_TASK,
     )
 
 
 def read_prompt(model_name: str) -> Prompt | None:
     """The grpo_prompt.json of a model; None if it has none. Raises UserError if it is damaged."""
-    folder = model_folder(model_name)
-    if folder is None or not (folder / PROMPT_FILE).exists():
-        return None
+    content = read_beside(model_name, PROMPT_FILE)
     try:
-        prompt = Prompt(**read_json(folder / PROMPT_FILE))
-        types = {f.name: f.type for f in dataclasses.fields(Prompt)}
-        sound = all(isinstance(getattr(prompt, name), kind) for name, kind in types.items())
-        if sound and prompt.max_new_tokens > 0:
-            return prompt
-    except TypeError:  # names are missing or unknown
-        pass
-    raise UserError(f"{folder / PROMPT_FILE} is not a prompt as training writes it")
+        return None if content is None else Prompt(**content)
+    except TypeError as error:
+        text = f"{PROMPT_FILE} of {model_name} is not a prompt as training writes it: {error}"
+        raise UserError(text) from error
 
 
 def encode_prompts(
@@ -84,10 +81,7 @@ def encode_prompts(
     """
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     texts = render(tokenizer, [prompt.chat(question) for question in questions], prompt)
-    try:
-        batch = tokenizer(texts, add_special_tokens=False, **options)
-    except Exception as error:  # third-party code on foreign files
-        raise UserError(f"the model's tokenizer fails: {error}") from error
+    batch = tokenizer(texts, add_special_tokens=False, **options)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
@@ -97,12 +91,9 @@ def render(tokenizer, chats: list[list[dict]], prompt: Prompt, answered: bool = 
     try:
         return tokenizer.apply_chat_template(chats, **options, **prompt.chat_template_kwargs)
     except Exception as error:  # the template is foreign code, run in a sandbox
-        remedy = ""
-        if prompt.system:
-            remedy = (
-                '; if it takes no system line: --system_prompt "", and the rule in the question'
-            )
-        raise UserError(f"the model's chat template fails: {error}{remedy}") from error
+        remedy = '; if it takes no system line: --system_prompt "", and the rule in the question'
+        text = f"the model's chat template fails: {error}{remedy if prompt.system else ''}"
+        raise UserError(text) from error
 
 
 def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[int]) -> None:
@@ -139,7 +130,8 @@ def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[
 
 
 def check_question(question: str, tokenizer, where: str = "the question") -> None:
-    """Raise UserError for a question that holds a token which steers the chat."""
+    """Raise UserError for a question with control characters or tokens that steer the chat."""
+    check_text(where, question)
     for token in tokenizer.all_special_tokens:
         if token in question:
             raise UserError(f"{where} holds {token}, which this model reserves; reword it")
@@ -148,7 +140,7 @@ def check_question(question: str, tokenizer, where: str = "the question") -> Non
 def longest_last(tokenizer, questions: list[str], prompt: Prompt) -> list[str]:
     """The question with the shortest prompt and the one with the longest, in tokens."""
     lengths = []
-    for start in tqdm(range(0, len(questions), 1000), delay=2, leave=False, disable=None):
+    for start in range(0, len(questions), 1000):  # 100,000 at once would take gigabytes
         chunk = tokenizer(questions[start : start + 1000], add_special_tokens=False)
         lengths += map(len, chunk["input_ids"])
     order = sorted(range(len(questions)), key=lengths.__getitem__)

@@ -38,6 +38,12 @@ def facts(metrics: dict) -> dict[str, str]:
     }
 
 
+def moving_average(values: list, end: int) -> float | None:
+    """The mean of the WINDOW values before `end`, without those that are None."""
+    recent = [value for value in values[max(0, end - WINDOW) : end] if value is not None]
+    return fmean(recent) if recent else None
+
+
 def curves(iterations: list[dict]) -> dict[str, list]:
     """By name the drawn metrics and `mean_<name>`, their moving averages; `x`, the iterations."""
     count = len(iterations)
@@ -45,9 +51,8 @@ def curves(iterations: list[dict]) -> dict[str, list]:
     found = {"x": x}
     for name in CURVES:
         values = [m.get(name) for m in iterations]  # None was NaN, or older code did not record it
-        recent = [[v for v in values[max(0, i - WINDOW) : i] if v is not None] for i in x]
         found[name] = [values[i - 1] for i in x]
-        found[f"mean_{name}"] = [fmean(window) if window else None for window in recent]
+        found[f"mean_{name}"] = [moving_average(values, i) for i in x]
     return found
 
 

@@ -32,14 +32,15 @@ class PrefixTree:
     def __init__(self, ids: Tensor, length: Tensor):
         self.columns = torch.arange(ids.shape[1])
         ids = ids.masked_fill(self.columns >= length[:, None], -1)
-        rows, self.index = ids.unique(dim=0, return_inverse=True)  # sorted: prefixes are neighbours
-        new = rows >= 0  # True where the prefix is not in the row above
-        new[1:] &= (rows[1:] == rows[:-1]).long().cumprod(dim=1) == 0
+        # Sorted, so that sequences with common prefixes are neighbours; index: (R,).
+        distinct, self.index = ids.unique(dim=0, return_inverse=True)
+        new = distinct >= 0  # True where the prefix is not in the sequence above
+        new[1:] &= (distinct[1:] == distinct[:-1]).long().cumprod(dim=1) == 0
         self.new, self.length = new, length
         number = new.flatten().cumsum(0).view(new.shape) - 1
         self.paths = number.masked_fill(~new, 0).cummax(dim=0).values
-        self.rows, self.depth = new.nonzero(as_tuple=True)  # (n,)
-        self.ids = rows[new]  # (n,) the token that each prefix ends with
+        self.first, self.depth = new.nonzero(as_tuple=True)  # (n,) first: the sequence it is new in
+        self.ids = distinct[new]  # (n,) the token that each prefix ends with
         self.nodes = self.paths[self.index]  # (R, L) the node at each token of each sequence
 
     def __len__(self) -> int:
@@ -49,16 +50,16 @@ class PrefixTree:
         """Of each sequence, in sorted order (R,): its length, and how many of its prefixes are not
         in the one before.
         """
-        row = self.index[order]
-        repeated = row.diff(prepend=row[:1] - 1) == 0
-        new = self.new.sum(dim=1)[row].masked_fill(repeated, 0)
+        distinct = self.index[order]
+        repeated = distinct.diff(prepend=distinct[:1] - 1) == 0
+        new = self.new.sum(dim=1)[distinct].masked_fill(repeated, 0)
         return self.length[order].tolist(), new.tolist()
 
     @cached_property
     def visible(self) -> Tensor:
         """(n, n) bool: visible[i, j] says whether j is i or an ancestor of i."""
         above = self.columns <= self.depth[:, None]
-        ancestors = self.paths[self.rows].where(above, len(self))  # (n, L)
+        ancestors = self.paths[self.first].where(above, len(self))  # (n, L)
         visible = torch.zeros(len(self), len(self) + 1, dtype=torch.bool)
         return visible.scatter_(1, ancestors, True)[:, :-1]
 
