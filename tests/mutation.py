@@ -29,10 +29,9 @@ FILES = ["rewards.py", "engine/policy.py", "engine/tree.py", "engine/startup.py"
 # models, trains or prints: tests of it are slow.
 MUTATED = ["rewards.*", "engine.policy.*", "engine.tree.xǁ*", "engine.tree.x_left_aligned*"]
 MUTATED += ["engine.startup.x_choose_policy*", "engine.startup.x_find_mismatch*"]
-MUTATED += ["train_grpo.x_rollout*", "train_grpo.x_reward_function*", "train_grpo.x_kl_term*"]
-MUTATED += ["train_grpo.x_group_advantages*", "train_grpo.x_completion_mean*"]
-MUTATED += ["train_grpo.x_loss_mask*", "train_grpo.x_measure_kl*", "train_grpo.x_loss_length*"]
-MUTATED += ["train_grpo.x_grpo_loss*", "train_grpo.x_update_policy*"]
+STEPS = "rollout reward_function group_advantages kl_term completion_mean loss_length grpo_loss"
+STEPS += " loss_mask measure_kl update_policy"
+MUTATED += [f"train_grpo.x_{step}*" for step in STEPS.split()]
 SURVIVED = (0, 5, 33)  # exit codes: all tests passed, none was selected, none calls the function
 
 Change = tuple[str, str, str]  # function, old code, new code

@@ -21,7 +21,6 @@ from train_grpo import group_advantages
 
 CASES = {
     "whole batch": {},
-    "micro-batches": {"micro_batch_size": 2},
     "dapo": {"micro_batch_size": 2, "loss_type": "dapo"},
     "dr_grpo": {"micro_batch_size": 2, "loss_type": "dr_grpo", "scale_rewards": "none"},
     "variants": {

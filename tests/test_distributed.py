@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -43,8 +44,9 @@ def two(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_two_processes_compute_gradients_and_weights_of_one(two):
+def test_two_processes_compute_what_one_does_and_stay_bit_identical(two):
     alone, together = given(), torch.load(two[0] / "0.pt")
+    second = torch.load(two[0] / "1.pt")
     for case, (metrics, tensors) in alone.items():
         for mine, its in zip(metrics, together[case][0], strict=True):
             assert its["logprob_mismatch"] < 1e-4
@@ -56,15 +58,10 @@ def test_two_processes_compute_gradients_and_weights_of_one(two):
                 mine, rel=1e-4, abs=1e-7
             )
         assert_same_gradients(together[case][1], tensors)
+        assert all(each.equal(second[case][1][name]) for name, each in together[case][1].items())
         assert metrics[1]["kl"] > 0
     cases = ("whole batch", "dapo", "dr_grpo")
     assert len({alone[case][0][0]["grad_norm"] for case in cases}) == 3
-
-
-def test_all_processes_hold_bit_identical_weights(two):
-    first, second = (torch.load(two[0] / f"{rank}.pt") for rank in range(2))
-    for case, (_, tensors) in first.items():
-        assert all(tensor.equal(second[case][1][name]) for name, tensor in tensors.items())
 
 
 def test_a_distributed_run_resumes_bit_identically(two):
@@ -77,7 +74,6 @@ def test_each_process_samples_with_its_own_seed(two):
     # Compare seeds, not states: two states of one seed differ if one process has drawn more.
     first, second = (torch.Generator().set_state(s.clone()).initial_seed() for s in states)
     assert first == 0 and second % 2**32 != 0
-    assert len(load_checkpoint(two[0] / "before")[0]["generators"]) == len(states[0])
 
 
 @pytest.mark.parametrize("iteration", [0, 25])
@@ -90,36 +86,28 @@ def test_no_two_ranks_share_the_lowest_32_seed_bits(monkeypatch, iteration):
     assert iteration or seeds[0] == 2**32 - 1
 
 
-def test_two_processes_resume_the_run_of_one(two):
+def test_one_and_two_processes_resume_runs_of_each_other(two, tmp_path):
     folder, out = two
+    run = shutil.copytree(folder / "whole", tmp_path / "run")
     assert "processes: 1 before, 2 now" in out
-    before, after = (metrics_but_for_times(folder / n) for n in ("before", "one_process"))
-    assert after["iterations"][:2] == before["iterations"] and len(after["iterations"]) == 4
-
-
-def test_one_process_resumes_the_run_of_two(two, tmp_path):
-    shutil.copytree(two[0] / "whole", tmp_path / "run")
-    out = finish(tmp_path / "run", "--num_iterations", 6, "--resume")
-    assert "processes: 2 before, 1 now" in out
-    before, after = (metrics_but_for_times(f) for f in (two[0] / "whole", tmp_path / "run"))
-    assert after["iterations"][:4] == before["iterations"] and len(after["iterations"]) == 6
+    assert "processes: 2 before, 1 now" in finish(run, "--num_iterations", 6, "--resume")
+    for pair in (folder / "before", folder / "one_process"), (folder / "whole", run):
+        before, after = (metrics_but_for_times(each)["iterations"] for each in pair)
+        assert after[: len(before)] == before and len(after) == len(before) + 2
 
 
 @pytest.mark.parametrize("cuda, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
 def test_cpu_tensors_travel_by_gloo_and_cuda_tensors_by_nccl(monkeypatch, cuda, backend):
-    named = []
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    for name, replacement in {
-        "rendezvous": lambda *_, **__: iter([("a store", 0, 2)]),
-        "init_process_group": lambda backend=None, **_: named.append(backend),
-        "destroy_process_group": lambda: None,
-    }.items():
-        monkeypatch.setattr(distributed.dist, name, replacement)
+    dist = Mock()
+    dist.is_torchelastic_launched.return_value = False  # so this is rank 0
+    dist.rendezvous.return_value = iter([("a store", 0, 2)])
+    monkeypatch.setattr(distributed, "dist", dist)
     with distributed.process_group():
         pass
-    assert named == [backend]
+    assert dist.init_process_group.call_args.args == (backend,)
 
 
 def test_only_rank_0_prints(two):

@@ -1,5 +1,6 @@
 """A folder or device that fails, full memory, and numbers that are not finite."""
 
+import itertools
 import math
 import resource
 import shutil
@@ -52,22 +53,16 @@ def test_deleting_the_folder_stops_the_run(tmp_path, monkeypatch):
 
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB."
-
-
-def fill_gpu(*_):
-    raise torch.OutOfMemoryError(GPU)
-
-
-def fill_host(*_):
-    torch.empty(2**50, dtype=torch.uint8)
+FULL_GPU = Mock(side_effect=torch.OutOfMemoryError(GPU))
 
 
 @pytest.mark.parametrize(
     "owner, name, fill, reason",
     [
-        (TreePolicy, "forward", fill_gpu, "2.50 GiB)"),  # at the start
-        (torch.Tensor, "backward", fill_host, "624 bytes)"),  # in the trial of one update
-        (train_grpo, "grpo_loss", fill_gpu, "2.50 GiB)"),
+        (TreePolicy, "forward", FULL_GPU, "2.50 GiB)"),  # at the start
+        # In the trial of one update.
+        (torch.Tensor, "backward", lambda *_: torch.empty(2**50, dtype=torch.uint8), "624 bytes)"),
+        (train_grpo, "grpo_loss", FULL_GPU, "2.50 GiB)"),
     ],
 )
 def test_full_memory_is_one_line_that_names_the_flags(
@@ -89,42 +84,23 @@ def test_a_failing_device_is_reported_with_its_reason(monkeypatch, kind):
         choose_device("auto")
 
 
-def spoil(monkeypatch, losses=(), gradients=()) -> None:
-    """Make losses NaN, and gradients infinite, of the updates with these numbers (from 0)."""
-    sound, clip, update = train_grpo.grpo_loss, torch.nn.utils.clip_grad_norm_, [0]
+def test_bad_updates_are_skipped_and_ten_end_the_run(tmp_path, monkeypatch):
+    """A gradient is infinite in the second update of iteration 2, and NaN from iteration 5 on."""
+    clip, updates = torch.nn.utils.clip_grad_norm_, itertools.count()
 
-    def loss(*inputs):
-        value, stats = sound(*inputs)
-        if update[0] in losses:
-            value, stats = value * math.nan, stats | {"loss": value.detach() * math.nan}
-        return value, stats
-
-    def norm(parameters, limit):
-        parameters = list(parameters)
-        if update[0] in gradients:
-            parameters[0].grad[0] = math.inf
-        update[0] += 1
+    def spoil(parameters, limit):
+        parameters, update = list(parameters), next(updates)
+        if update == 3 or update >= 8:
+            parameters[0].grad[0] = math.inf if update == 3 else math.nan
         return clip(parameters, limit)
 
-    monkeypatch.setattr(train_grpo, "grpo_loss", loss)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
-
-
-def test_an_update_that_is_not_finite_is_skipped_and_reported(tmp_path, monkeypatch):
-    spoil(monkeypatch, losses=[3], gradients=[4])
-    out = finish(tmp_path, "--num_iterations", 4, *NEVER)
-    iterations = read_metrics(tmp_path)["iterations"]
-    assert [m["skipped_updates"] for m in iterations] == [0, 1, 1, 0]
-    assert all(math.isfinite(m["loss"]) for m in iterations)
-    assert "iteration 2: skipped 1 of 2 updates" in out
-
-
-def test_ten_skipped_updates_end_the_run_as_failed(tmp_path, monkeypatch):
-    spoil(monkeypatch, losses=range(8, 1000))  # from the fifth iteration on
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
     out = finish(tmp_path, "--num_iterations", 100, *NEVER, code=1)
     metrics = read_metrics(tmp_path)
+    skipped = [iteration["skipped_updates"] for iteration in metrics["iterations"]]
+    assert skipped == [0, 1, 0, 0, 2, 2, 2, 2, 2]
+    assert "iteration 2: skipped 1 of 2 updates" in out
     assert metrics["status"] == "failed" and "10 updates in a row" in metrics["stop_reason"]
-    assert len(metrics["iterations"]) == 9
     assert "smaller --learning_rate" in out.split("next")[1]
     assert newest(tmp_path) == 3  # from before the trouble
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path)[0].values())

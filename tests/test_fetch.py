@@ -18,8 +18,10 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 from processes import finish, read_metrics, wait_until
+from small_models import small_model
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fetch_model
 from engine.files import exit_code, read_json, sha256
@@ -34,21 +36,17 @@ MERGES = ["Ġ 9", "9 9", "a n", "an s"]  # digits are split, so the first two ne
 WORDS = [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 
 
-def write_gguf(file: Path) -> LlamaForCausalLM:
+def write_gguf(file: Path) -> nn.Module:
     """Write a small random model like SmolLM2 as Q4_1. Returns it with the weights as written."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    norm = {"rms_norm_eps": 1e-5, "initializer_range": 0.2}
-    config = LlamaConfig(vocab_size=len(WORDS), **shape, **heads, **norm)
-    config.rope_parameters["rope_theta"] = 1e5
-    model = LlamaForCausalLM(config).eval()
+    rope = {"rope_type": "default", "rope_theta": 1e5}
+    like_smollm2 = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": rope}
+    model = small_model("llama", vocabulary=len(WORDS), **like_smollm2).eval()
     writer = gguf.GGUFWriter(file, "llama")
     special, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     token_types = [special if word in SPECIAL else normal for word in WORDS]
-    fields = {"context_length": 1024, "block_count": 2, "embedding_length": 96}
-    fields |= {"feed_forward_length": 128, "head_count": 3, "head_count_kv": 1}
-    fields |= {"rope_freq_base": 1e5, "rope_dimension_count": 32, "layer_norm_rms_eps": 1e-5}
+    fields = {"context_length": 1024, "block_count": 2, "embedding_length": 32}
+    fields |= {"feed_forward_length": 64, "head_count": 4, "head_count_kv": 2}
+    fields |= {"rope_freq_base": 1e5, "rope_dimension_count": 8, "layer_norm_rms_eps": 1e-5}
     fields |= {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "chat_template": TEMPLATE}
     fields |= {"vocab_size": len(WORDS), "token_list": WORDS, "token_types": token_types}
     fields |= {"token_merges": MERGES, "unk_token_id": 0, "bos_token_id": 1}
@@ -61,7 +59,7 @@ def write_gguf(file: Path) -> LlamaForCausalLM:
         packed = gguf.quants.quantize(weight.detach().numpy(), kind)
         weight.data.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind).copy()))
         if "q_proj" in name or "k_proj" in name:  # GGUF orders the rows of a head differently
-            halves = packed.reshape(-1, 2, 16, packed.shape[1])
+            halves = packed.reshape(-1, 2, 4, packed.shape[1])
             packed = halves.swapaxes(1, 2).reshape(packed.shape)
         target = names.get_name(name, try_suffixes=[".weight"])
         writer.add_tensor(target, packed, raw_dtype=kind)

@@ -1,7 +1,6 @@
 """Hostile input: one line, exit code 2, no file changed, no code run."""
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from test_model_faults import edit
 
 import evaluate
 import inference
@@ -119,22 +119,16 @@ def leave_an_adapter(model) -> None:
     (model / "config.json").rename(model / "adapter_config.json")
 
 
-def leave_a_pointer(model) -> None:
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-
-
 def edited(file: str, **changes):
-    def edit(model) -> None:
-        content = json.loads((model / file).read_text())
-        (model / file).write_text(json.dumps({**content, **changes}))
-
-    return edit
+    return lambda model: edit(model / file, **changes)
 
 
-def template(text: str):
-    return lambda model: (model / "chat_template.jinja").write_text(text)
+def replaced(file: str, text: str):
+    return lambda model: (model / file).write_text(text)
 
 
+TEMPLATE = "chat_template.jinja"
+POINTER = "version https://git-lfs.github.com/spec/v1"
 CODE = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CUSTOM_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": CODE}
 GPTQ = {"quant_method": "gptq"}  # a package that is not installed
@@ -145,7 +139,7 @@ DAMAGE = {
     "own code": (edited("config.json", model_type="x", auto_map=CODE), "custom code"),
     "own tokenizer": (edited("tokenizer_config.json", **CUSTOM_TOKENIZER), "custom code"),
     "an adapter": (leave_an_adapter, "merge it into its base model"),
-    "a pointer of Git LFS": (leave_a_pointer, "git lfs pull"),
+    "a pointer of Git LFS": (replaced("model.safetensors", POINTER), "git lfs pull"),
     "quantised weights": (holding("model.norm.weight", torch.float8_e4m3fn), QUANTISED),
     "scales of quantised weights": (holding("model.norm.weight_scale", torch.float32), QUANTISED),
     "a quantised config": (edited("config.json", quantization_config=GPTQ), QUANTISED),
@@ -153,11 +147,11 @@ DAMAGE = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), LOADING),
     "truncated weights": (lambda m: os.truncate(m / "model.safetensors", 100_000), LOADING),
     "too small a vocabulary": (edited("config.json", vocab_size=9), LOADING),
-    "a damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), LOADING),
+    "a damaged tokenizer": (replaced("tokenizer.json", "{"), LOADING),
     "no end token": (edited("generation_config.json", eos_token_id="x"), "no end-of-sequence"),
-    "no template": (lambda m: (m / "chat_template.jinja").unlink(), "has no chat template"),
-    "a template that fails": (template("{{ messages[7].x }}"), "template fails: "),
-    "a template that breaks out": (template("{{ ''.__class__.__mro__ }}"), "is unsafe"),
+    "no template": (lambda m: (m / TEMPLATE).unlink(), "has no chat template"),
+    "a template that fails": (replaced(TEMPLATE, "{{ messages[7].x }}"), "template fails: "),
+    "a template that breaks out": (replaced(TEMPLATE, "{{ ''.__class__.__mro__ }}"), "is unsafe"),
     "a damaged prompt": (edited("grpo_prompt.json", max_new_tokens="16"), "is not a prompt"),
 }
 

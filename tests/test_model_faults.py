@@ -1,6 +1,7 @@
 """Faults of models as people have them: refused, mended or warned of before the first iteration."""
 
 import json
+import re
 import shutil
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from processes import finish
 from safetensors.torch import load_file, save_file
 from small_models import nearby
 
-from engine.files import UserError
+from engine.files import UserError, exit_code
 from engine.models import check_saving, load_model, save_model
 from engine.policy import Policy
 from engine.prompt import Prompt, check_prompt, decode, encode_prompts, longest_last, read_prompt
@@ -20,7 +21,6 @@ from rewards import score
 from train_grpo import answer_questions
 
 CPU = torch.device("cpu")
-SHORT = ("--num_iterations", 1, "--eval_every", 0, "--eval_problems", 4)
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def test_a_model_that_is_saved_otherwise_is_refused(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def multimodal(model):
-    """A Gemma 3 with a vision tower; its context is 128."""
+def test_a_vision_tower_is_neither_trained_nor_lost(model, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes["num_attention_heads"] = 4
@@ -72,15 +70,11 @@ def multimodal(model):
     whole = transformers.Gemma3ForConditionalGeneration(config)
     whole.generation_config.eos_token_id = [2]
     whole.save_pretrained(model)
-    return model
-
-
-def test_a_vision_tower_is_neither_trained_nor_lost(multimodal, tmp_path):
-    flags = ("--model_name", multimodal, "--learning_rate", "1e-3", *SHORT)
-    out = finish(tmp_path / "run", *flags, "--num_iterations", 2)
+    flags = ("--model_name", model, "--learning_rate", "1e-3")
+    out = finish(tmp_path / "run", *flags, "--num_iterations", 2, "--eval_every", 0)
     assert "not trained, since text does not pass through: model.multi_modal_projector" in out
     before, after = (
-        load_file(f / "model.safetensors") for f in (multimodal, tmp_path / "run/saved_model")
+        load_file(f / "model.safetensors") for f in (model, tmp_path / "run/saved_model")
     )
     assert before.keys() == after.keys()
     assert all(w.equal(after[n]) for n, w in before.items() if "vision" in n)
@@ -105,33 +99,21 @@ NO_SYSTEM += "{{ raise_exception('System role not supported') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
-    "template, complaint",
+    "template, told",
     [
-        (TEMPLATE, ""),
-        (TEMPLATE.replace("messages", "messages[1:]"), "leaves out the system line"),
-        (TEMPLATE.replace("messages", "messages[-1:]"), "leaves out the worked examples"),
-        (TEMPLATE.replace("<|end|>", "<|user|>"), "ends an answer with '<|user|>'"),
-        (TEMPLATE + "{# {{ strftime_now('%d') }} #}", "writes the date"),
+        (TEMPLATE, "$"),  # nothing
+        (TEMPLATE.replace("messages", "messages[1:]"), "warning: .* out the system line"),
+        (TEMPLATE.replace("messages", "messages[-1:]"), "warning: .* out the worked examples"),
+        (TEMPLATE.replace("<|end|>", "<|user|>"), r"warning: .* ends an answer with '<\|user\|>'"),
+        (TEMPLATE + "{# {{ strftime_now('%d') }} #}", "warning: .* writes the date"),
+        (PARTS, r"error: .* leaves out the question 'What is 2\?'"),
+        (NO_SYSTEM + TEMPLATE, 'error: .* not supported; .*--system_prompt ""'),
     ],
 )
-def test_a_template_that_loses_a_part_is_a_warning(tiny, monkeypatch, capsys, template, complaint):
+def test_a_template_that_loses_a_part_is_named(tiny, monkeypatch, capsys, template, told):
     monkeypatch.setattr(tiny[1], "chat_template", template)
-    check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
-    out = capsys.readouterr().out
-    assert out.startswith("warning: ") and complaint in out if complaint else not out
-
-
-@pytest.mark.parametrize(
-    "template, complaint",
-    [
-        (PARTS, "leaves out the question 'What is 2\\?'"),
-        (NO_SYSTEM + TEMPLATE, 'not supported; .*--system_prompt ""'),
-    ],
-)
-def test_a_template_that_takes_no_such_prompt_is_an_error(tiny, monkeypatch, template, complaint):
-    monkeypatch.setattr(tiny[1], "chat_template", template)
-    with pytest.raises(UserError, match=complaint):
-        check_prompt(tiny[1], ["What is 2?"], PROMPT, [2])
+    exit_code(lambda: check_prompt(tiny[1], ["What is 2?"], PROMPT, [2]))
+    assert re.match(told, "".join(capsys.readouterr()), re.DOTALL)
 
 
 def test_a_tokenizer_without_pad_and_end_tokens_serves(model):
@@ -147,19 +129,6 @@ def test_the_longest_question_is_the_one_of_most_tokens(tiny):
     words = "Reply only with , where N is the number." * 3  # more characters, a few tokens
     digits = "1234567890" * 4
     assert longest_last(tiny[1], [words, "7", digits], PROMPT) == ["7", digits]
-
-
-@pytest.mark.parametrize(
-    "question, complaint",
-    [("1" * 600, "context is 512"), ("What is <|user|>?", "holds <|user|>, which this model")],
-)
-def test_a_question_that_does_not_fit_is_named_by_its_line(tmp_path, question, complaint):
-    lines = [{"question": f"{i} + 0", "answer": i, "split": "train"} for i in range(3)]
-    lines += [{"question": question, "answer": 1, "split": "train"}]
-    lines += [{"question": split, "answer": 1, "split": split} for split in ("validation", "test")]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=f"line 4.*{complaint}".replace("|", "\\|")):
-        finish(tmp_path / "run", "--problems", tmp_path / "p.jsonl", *SHORT)
 
 
 def test_tokens_that_the_tokenizer_lacks_are_shown_and_earn_nothing(tiny):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import traceback
@@ -65,16 +66,23 @@ def refused(*flags) -> str:
         ({"question": "a", "answer": "\x1b[2J"}, r"\x1b"),
         ({**LINES[0], "answer": 2}, "question of line 1, with another answer or split"),
         ({**LINES[0], "split": "test"}, "question of line 1, with another answer or split"),
+        ({"question": "1" * 600, "answer": 1}, "this model's context is 512"),
+        ({"question": "What is <|user|>?", "answer": 1}, "holds <|user|>, which this model"),
     ],
 )
 def test_a_bad_line_is_one_error_with_file_and_line(line, complaint):
     error = refused("--problems", write("bad.jsonl", LINES[0], b" ", line, *LINES[1:]))
-    assert error.startswith("--problems bad.jsonl, line 3: ") and complaint in error
+    assert re.match(r"--problems bad\.jsonl, line 3\b", error) and complaint in error
 
 
 @pytest.mark.parametrize(
-    "content, complaint",
+    "given, complaint",
     [
+        ("--problems none.jsonl", "--problems none.jsonl: No such file"),
+        ("--problems sums.jsonl --max_operand 5", "--problems has no operands"),
+        ("--rewards none.py", "--rewards none.py: No such file"),
+        ("--rewards sums.jsonl", "not a Python file (.py)"),
+        ("\n".join(map(json.dumps, LINES[:7])).encode(), "no test problem among 7"),
         (json.dumps(LINES).encode(), f"{FORMAT}; this is a JSON array"),
         (b"question,answer\n1 + 1,2", f"{FORMAT}; this is a file that starts with 'ques"),
         (b"PAR1\x15\x04", f"{FORMAT}; this is Parquet"),
@@ -83,8 +91,10 @@ def test_a_bad_line_is_one_error_with_file_and_line(line, complaint):
         (b'{"problem": 1, "solution": 1}', """['problem', 'solution'], not "question" and"""),
     ],
 )
-def test_other_formats_and_fields_are_named_beside_ours(content, complaint):
-    assert complaint in refused("--problems", write("file", content))
+def test_files_that_cannot_be_used_are_refused(given, complaint):
+    """Given are flags, or the content of a problem file."""
+    flags = given.split() if isinstance(given, str) else ("--problems", write("file", given))
+    assert complaint in refused(*flags)
 
 
 def test_answers_too_long_for_a_completion_are_named_by_line(tiny, capsys):
@@ -96,21 +106,6 @@ def test_answers_too_long_for_a_completion_are_named_by_line(tiny, capsys):
     warning = capsys.readouterr().out
     assert warning.startswith("warning: 1 of the first 31 ") and "--max_new_tokens 16" in warning
     assert r"long.jsonl, line 42: '24 - 9 = 15\n#### 15'" in warning
-
-
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        ("--problems none.jsonl", "--problems none.jsonl: No such file"),
-        ("--problems few.jsonl", "no test problem among 7"),
-        ("--problems sums.jsonl --max_operand 5", "--problems has no operands"),
-        ("--rewards none.py", "--rewards none.py: No such file"),
-        ("--rewards sums.jsonl", "not a Python file (.py)"),
-    ],
-)
-def test_files_that_cannot_be_used_are_refused(flags, complaint):
-    write("few.jsonl", *LINES[:7])
-    assert complaint in refused(*flags.split())
 
 
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n \r\n"])
@@ -143,11 +138,10 @@ def test_held_out_problems_of_a_file_are_fixed_and_never_drawn():
 def test_worked_examples_are_the_first_training_problems():
     shown = [LINES[6], {**LINES[0], "completion": "<answer> 1 </answer>"}, LINES[7], *LINES[1:4]]
     _, _, prompt = load_task(Config(problems=write("file.jsonl", *shown), num_examples=2))
-    expected = [
-        ("What is 0 + 1?", "<answer> 1 </answer>"),
-        ("What is 1 + 1?", "<answer>2</answer>"),
+    assert prompt.examples == [
+        ["What is 0 + 1?", "<answer> 1 </answer>"],
+        ["What is 1 + 1?", "<answer>2</answer>"],
     ]
-    assert list(map(tuple, prompt.examples)) == expected
 
 
 TWO = "WEIGHTS = {'style': 0, 'exact': 1}\ndef score(completion, answer): return "
@@ -236,17 +230,14 @@ def test_metrics_and_card_name_the_files_and_their_hashes(finished):
         assert file in card and found in card
 
 
-def test_a_run_weighs_the_parts_and_counts_an_exact_of_one(finished):
+def test_our_rewards_score_only_the_questions_off_the_task(finished):
     metrics = read_metrics(finished)
     for iteration in metrics["iterations"]:
         earned = 0.5 * iteration["reward_format"] + 2 * iteration["reward_exact"]
         assert iteration["reward"] == pytest.approx(earned, abs=1e-5)
-        assert iteration["reward_length"] > 0 and iteration["reward_exact"] == 0.5
-        assert iteration["accuracy"] == 0
     for evaluation in metrics["evaluations"]:
-        sampled = evaluation["accuracies"]["sampled"]
-        assert sampled["accuracy"] == 0 and sampled["parts"]["exact"] == 0.5
-        assert evaluation["off_task"]["accuracy"] > 0.9  # scored by rewards.py
+        assert evaluation["accuracies"]["sampled"]["parts"]["exact"] == 0.5
+        assert evaluation["off_task"]["accuracy"] > 0.9
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY
 from processes import finish, newest, printed, read_metrics, start, wait_until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -85,6 +84,9 @@ def test_an_over_trained_run_stops_and_keeps_its_best_policy(tmp_path, monkeypat
     accuracy = {
         e["iteration"]: e["accuracies"]["sampled"]["accuracy"] for e in validations(metrics)
     }
+    # Drift is measured on the bundled model's own questions: those of chat have no accuracy.
+    first, second, *_ = (e["off_task"] for e in validations(metrics))
+    assert first["kl"] == 0 < second["kl"] and first["accuracy"] > 0.9
     last, best = len(metrics["iterations"]), metrics["best_iteration"]
     assert "3 evaluations without a gain" in out and metrics["stop_reason"] in out
     assert best <= 8 < last < 100 and accuracy[last] < 0.05 and accuracy[best] > 0.2
@@ -95,7 +97,7 @@ def test_an_over_trained_run_stops_and_keeps_its_best_policy(tmp_path, monkeypat
         assert kept[f"policy.model.{name}"].equal(weight), name
 
 
-def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tiny):
+def test_a_run_without_reward_is_warned_once(tmp_path, monkeypatch, tiny):
     base, tokenizer = tiny
     torch.manual_seed(0)
     blank = AutoModelForCausalLM.from_config(base.model.config)  # random weights: only noise
@@ -105,19 +107,10 @@ def test_a_run_without_reward_is_told_the_causes_once(tmp_path, monkeypatch, tin
     flags = ("--model_name", tmp_path / "blank", "--num_iterations", 9, "--eval_every", 0)
     out = finish(tmp_path, *flags)
     assert out.count("nothing to learn from") == 1
-    for cause in ("--max_new_tokens", "never answers in the form", "too hard", "too high"):
-        assert cause in out
     metrics = read_metrics(tmp_path)
     assert metrics["no_signal"] == 4
     # A model that knows no off-task questions is asked chat.
     assert all(set(e["off_task"]) == {"kl"} for e in metrics["evaluations"])
-
-
-def test_drift_is_measured_on_the_models_own_off_task_questions(tmp_path):
-    flags = ("--preset", "reference", "--model_name", TINY, "--learning_rate", "1e-3")
-    finish(tmp_path, *flags, "--num_iterations", 4)
-    first, *_, last = (e["off_task"] for e in validations(read_metrics(tmp_path)))
-    assert first["kl"] == 0 and first["accuracy"] > 0.9 and last["kl"] > 0
 
 
 def signal_after(monkeypatch, calls: int, name: str, number: signal.Signals) -> None:
