@@ -12,7 +12,7 @@ from figures import RESULTS, accuracy_of, committed, lesson_run, part_of, short
 from one_iteration import table
 from safetensors.numpy import load_file
 
-from benchmarks import ablation
+from benchmarks import ablation, vs_trl
 from engine.files import COMPLETIONS_FILE, ROOT
 from engine.metrics import best_iteration, validations
 from engine.presets import PRESETS
@@ -237,6 +237,19 @@ def trl_accuracy() -> str:
 KINDS = ("iterations", "sampled", "greedy")
 
 
+def growth() -> str:
+    """A row per point: seconds and memory of the tree, the plain policy and TRL."""
+    found, rows = benchmark("vs_trl_growth"), []
+    for name in vs_trl.GROWTH:
+        for point in found[name]:
+            loops = [point[loop] for loop in vs_trl.POLICIES]
+            cells = [f"{loop['seconds']:.3g} s" for loop in loops]
+            cells += [f"{loop['peak_memory_mib']:,.0f} MiB" for loop in loops]
+            rows.append([f"`{name}` {point[name]}", *cells])
+    header = [f"{policy}{what}" for what in ("", ", memory") for policy in vs_trl.POLICIES.values()]
+    return table(["", *header], rows)
+
+
 def roofline() -> str:
     models = benchmark("roofline"), benchmark("roofline_smollm2")
     header = [f"{m}, {what}" for m in ("bundled", "SmolLM2") for what in ("floor", "actual")]
@@ -451,6 +464,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "tiny_records": tiny_records,
     "smollm2_trials": smollm2_trials,
     "gpu_phases": lambda: phases("gpu"),
+    "cpu_phases": lambda: phases("cpu"),
+    "growth": growth,
     "reference_run": lambda: result_table({"tiny_reference": "learning rate {learning_rate}"}),
     "own_problem_runs": lambda: result_table(OWN_PROBLEMS),
     "presets": presets,
@@ -461,6 +476,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "losses_differences": lambda: study("ablation", 1),
     "off_policy_means": lambda: study("ablation_off_policy", 0),
     "off_policy_differences": lambda: study("ablation_off_policy", 1),
+    "group_means": lambda: study("ablation_groups", 0, [*ablation.MEASURES]),
+    "group_differences": lambda: study("ablation_groups", 1, [*ablation.MEASURES]),
     "variant_differences": variant_differences,
     "group_rates": lambda: study("ablation_group_rates", 0, ["sampled", "greedy", "seconds"]),
     "trl": trl,
