@@ -69,8 +69,7 @@ def deviations(counts: Counter, probabilities: dict, samples: int) -> float:
     return (statistic - len(pairs)) / (2 * len(pairs)) ** 0.5
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@BOTH
+@pytest.mark.parametrize(("kind", "temperature"), [(Policy, 1.0), (TreePolicy, 0.5)])
 def test_sampled_frequencies_fit_the_distribution_of_the_model(kind, temperature):
     end, steps, samples = 2, 3, 16_000
     prompts = [random_ids(length, seed=length, vocabulary=5) for length in (2, 7)]
