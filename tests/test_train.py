@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 def test_metrics_hold_every_iteration_and_evaluation(run):
     metrics = run[2]
     assert metrics["status"] == "finished" and metrics["config"]["preset"] == "tiny"
-    assert metrics["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(metrics["environment"]["torch"])  # +cu130 may be left out
     assert metrics["peak_memory_mib"] > 100 and len(metrics["iterations"]) == 3
     for iteration in metrics["iterations"]:
         assert set(iteration) == PER_ITERATION
