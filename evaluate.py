@@ -33,7 +33,8 @@ PROMPT_FLAGS = {
     "max_new_tokens": "max_new_tokens",
     "chat_template_kwargs": "chat_template_kwargs",
 }
-SETTINGS = ("device", "eval_problems", "problems", "rewards", *PROMPT_FLAGS.values())
+AS_TRAINED = ("problems", "rewards", *PROMPT_FLAGS.values())
+SETTINGS = ("device", "eval_problems", *AS_TRAINED)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -70,7 +71,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub id; default: saved_model/ if present")
     parser.add_argument("--num_samples", type=int, default=1, help="per problem, for pass@k")
     for field in map(Config.__dataclass_fields__.get, SETTINGS):
-        text = f"{field.metadata['help']}; default: as in training"
+        as_trained = "as of train_grpo.py; default: as in training"
+        text = as_trained if field.name in AS_TRAINED else field.metadata["help"]
         parser.add_argument(f"--{field.name}", type=field.type, help=text)
     args = parser.parse_args(argv)
     if args.num_samples < 1:

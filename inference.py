@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     name = choose_model(args.model)
     device, prompt = choose_device(args.device), read_prompt(name)
-    config = config_of(name, rewards=args.rewards)
+    config = config_of(name, rewards=args.rewards or None)
     warning = None if args.rewards else why_not_run(name)
     if warning:
         print(f"prints whole completions: {warning}; name one with --rewards", file=sys.stderr)

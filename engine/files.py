@@ -160,7 +160,7 @@ def sha256(path: Path) -> str:
 @contextmanager
 def locked_folder(
     path: Path,
-    taken: str = "choose another --output_dir: another run is writing to",
+    taken: str = "another run is writing there; choose another --output_dir",
     remedy: str = "choose another --output_dir, or fix this and --resume from the last checkpoint",
 ) -> Iterator[None]:
     """Lock `path` for one run. Raises UserError if it is taken, or if a write fails inside."""
@@ -169,7 +169,7 @@ def locked_folder(
         with FileLock(path / ".lock").acquire(timeout=0):  # the system frees it if the run dies
             yield
     except Timeout as error:
-        raise UserError(f"{taken} {path.resolve()}") from error
+        raise UserError(f"{path.resolve()}: {taken}") from error
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's message
         failed, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         raise UserError(f"cannot write {failed or path}: {reason or error}; {remedy}") from error
@@ -178,7 +178,8 @@ def locked_folder(
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder that is deleted afterwards, unless it has been moved away."""
-    shutil.rmtree(path, ignore_errors=True)  # left by a killed process
+    if path.exists():  # left by a killed process
+        shutil.rmtree(path)
     path.mkdir()  # no parents: if the user deleted them, a run must stop
     try:
         yield path

@@ -93,8 +93,9 @@ def describe_environment(device: torch.device) -> dict:
     """What it takes to repeat a run: command, commit, versions, machine."""
     git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
-    with suppress(OSError):  # no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    with suppress(OSError, subprocess.TimeoutExpired):  # no git; a slow disk
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        commit = done.stdout.strip() or None
     environment = {
         "command": shlex.join([*distributed.launcher(), *sys.argv]),
         "git_commit": commit,

@@ -50,7 +50,7 @@ def model_folder(name: str) -> Path | None:
     return next((folder for folder in (Path(name), ROOT / name) if folder.is_dir()), None)
 
 
-def read_beside(name: str, file: str) -> dict | None:
+def read_model_json(name: str, file: str) -> dict | None:
     """A JSON file in the folder of a model; None if it has none."""
     folder = model_folder(name)
     return read_json(folder / file) if folder and (folder / file).exists() else None
@@ -58,7 +58,7 @@ def read_beside(name: str, file: str) -> dict | None:
 
 def read_source(name: str) -> dict | None:
     """Where fetch_model.py got a model from; None if it did not fetch it."""
-    return read_beside(name, SOURCE_FILE)
+    return read_model_json(name, SOURCE_FILE)
 
 
 def hub_source(name: str) -> str | None:
@@ -97,7 +97,7 @@ def check_files(folder: Path) -> None:
 
 
 def read_model(name: str) -> tuple:
-    """As `load_model`, on the CPU and without what it fills in; and the weights left unused."""
+    """Load and check a model on the CPU. Returns (model, tokenizer, names of unused weights)."""
     folder = model_folder(name)
     if folder:
         check_files(folder)
@@ -126,7 +126,7 @@ def read_model(name: str) -> tuple:
     if tokenizer.chat_template is None:
         raise UserError("it has no chat template; use an instruction-tuned model")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError("its tokenizer has more tokens than the model: it is another model's")
+        raise UserError("its tokenizer has more tokens than the model; it belongs to another one")
     return model, tokenizer, sorted(loading["unexpected_keys"])
 
 

@@ -201,8 +201,9 @@ class RewardFile:
                 f"{self.path}: WEIGHTS must map names of reward parts to numbers, exact among them"
                 f" and not {', '.join(sorted(RESERVED_COLUMNS))}; it is {self.weights!r}"
             )
-        if not callable(self.function):
-            raise UserError(f"{self.path}: defines no function score(completion, answer)")
+        for function, form in ((self.function, "score(completion, answer)"), (self.parse, "parse")):
+            if not callable(function):
+                raise UserError(f"{self.path}: defines no function {form}")
 
     @contextmanager
     def told_if_slow(self, completion: str, answer: str | int) -> Iterator[None]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engine.cli import check_text, json_object
 from engine.files import UserError
-from engine.models import PROMPT_FILE, read_beside
+from engine.models import PROMPT_FILE, model_folder, read_model_json
 
 # Asked to see how far training moves a chat model on questions it is not trained on.
 CHAT = """What is the capital of France?
@@ -38,6 +38,8 @@ class Prompt:
         for each in fields(self):
             if not isinstance(getattr(self, each.name), each.type):
                 raise TypeError(f"{each.name} must be of type {each.type.__name__}")
+        if self.max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1")
 
     def chat(self, question: str) -> list[dict[str, str]]:
         """The messages that put a question to the model."""
@@ -63,12 +65,12 @@ def make_prompt(config, examples: list[list[str]], rewards_sha256: str) -> Promp
 
 def read_prompt(model_name: str) -> Prompt | None:
     """The grpo_prompt.json of a model; None if it has none. Raises UserError if it is damaged."""
-    content = read_beside(model_name, PROMPT_FILE)
+    content = read_model_json(model_name, PROMPT_FILE)
     try:
         return None if content is None else Prompt(**content)
-    except TypeError as error:
-        text = f"{PROMPT_FILE} of {model_name} is not a prompt as training writes it: {error}"
-        raise UserError(text) from error
+    except (TypeError, ValueError) as error:
+        file = model_folder(model_name) / PROMPT_FILE
+        raise UserError(f"{file} is not a prompt as training writes it: {error}") from error
 
 
 def encode_prompts(
@@ -81,7 +83,10 @@ def encode_prompts(
     """
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     texts = render(tokenizer, [prompt.chat(question) for question in questions], prompt)
-    batch = tokenizer(texts, add_special_tokens=False, **options)
+    try:
+        batch = tokenizer(texts, add_special_tokens=False, **options)
+    except Exception as error:  # third-party code on foreign files
+        raise UserError(f"the model's tokenizer fails: {error}") from error
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 

@@ -39,7 +39,7 @@ class PrefixTree:
         self.new, self.length = new, length
         number = new.flatten().cumsum(0).view(new.shape) - 1
         self.paths = number.masked_fill(~new, 0).cummax(dim=0).values
-        self.first, self.depth = new.nonzero(as_tuple=True)  # (n,) first: the sequence it is new in
+        self.first, self.depth = new.nonzero(as_tuple=True)  # (n,) the first sequence with it
         self.ids = distinct[new]  # (n,) the token that each prefix ends with
         self.nodes = self.paths[self.index]  # (R, L) the node at each token of each sequence
 

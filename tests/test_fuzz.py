@@ -153,6 +153,7 @@ DAMAGE = {
     "a template that fails": (replaced(TEMPLATE, "{{ messages[7].x }}"), "template fails: "),
     "a template that breaks out": (replaced(TEMPLATE, "{{ ''.__class__.__mro__ }}"), "is unsafe"),
     "a damaged prompt": (edited("grpo_prompt.json", max_new_tokens="16"), "is not a prompt"),
+    "a prompt for no token": (edited("grpo_prompt.json", max_new_tokens=0), "is not a prompt"),
 }
 
 

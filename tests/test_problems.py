@@ -235,6 +235,7 @@ def test_our_rewards_score_only_the_questions_off_the_task(finished):
     for iteration in metrics["iterations"]:
         earned = 0.5 * iteration["reward_format"] + 2 * iteration["reward_exact"]
         assert iteration["reward"] == pytest.approx(earned, abs=1e-5)
+        assert iteration["accuracy"] == 0  # by rewards.py it would be more
     for evaluation in metrics["evaluations"]:
         assert evaluation["accuracies"]["sampled"]["parts"]["exact"] == 0.5
         assert evaluation["off_task"]["accuracy"] > 0.9

@@ -116,7 +116,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_skipped_and_two_are_an_error(unfinished, capsys, damage):
+def test_a_damaged_checkpoint_is_skipped_and_without_another_refused(unfinished, capsys, damage):
     folder = unfinished / CHECKPOINTS / "8"
     damage(folder)
     _, rest = load_checkpoint(unfinished)
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_skipped_and_two_are_an_error(unfinished, capsys
     assert f"{folder} is damaged" in capsys.readouterr().out
     (unfinished / CHECKPOINTS / "6" / "state.json").write_text("{}")
     with pytest.raises(UserError, match="--resume: no checkpoint"):
-        load_checkpoint(unfinished)
+        finish(unfinished, *EIGHT, "--resume")
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path):

@@ -107,6 +107,8 @@ def test_a_run_without_reward_is_warned_once(tmp_path, monkeypatch, tiny):
     flags = ("--model_name", tmp_path / "blank", "--num_iterations", 9, "--eval_every", 0)
     out = finish(tmp_path, *flags)
     assert out.count("nothing to learn from") == 1
+    for cause in ("--max_new_tokens", "never answers in the form", "too hard", "too high"):
+        assert cause in out
     metrics = read_metrics(tmp_path)
     assert metrics["no_signal"] == 4
     # A model that knows no off-task questions is asked chat.
