@@ -75,7 +75,9 @@ class Config:
     chat_template_kwargs: str = setting("{}", 'JSON, like {"enable_thinking": false}')
     # GRPO
     learning_rate: float = setting(1e-7, "learning rate of AdamW, at the start", 0, 1)
-    lr_schedule: Literal["constant", "linear"] = setting("constant", "linear: falls to 0")
+    lr_schedule: Literal["constant", "linear", "warmup"] = setting(
+        "constant", "linear: falls to 0; warmup: also rises over the first twentieth"
+    )
     batch_size: int = setting(4, "B, problems per iteration", 1, 65536)
     num_generations: int = setting(8, "G, completions sampled per problem: the group", 2, 65536)
     max_new_tokens: int = setting(16, "longest completion, in tokens", 1, 65536)
@@ -529,9 +531,13 @@ def set_up(config: Config) -> tuple[Task, Learner]:
 
 def set_learning_rate(optimizer: Optimizer, config: Config, iteration: int) -> None:
     """By config.lr_schedule, after `iteration` iterations."""
-    decay = iteration / config.num_iterations * (config.lr_schedule == "linear")
+    factor, total = 1.0, config.num_iterations
+    if config.lr_schedule != "constant":
+        factor = 1 - iteration / total
+    if config.lr_schedule == "warmup":
+        factor = min(factor, 20 * (iteration + 1) / total)
     for parameters in optimizer.param_groups:
-        parameters["lr"] = config.learning_rate * (1 - decay)
+        parameters["lr"] = config.learning_rate * factor
 
 
 def train(config: Config) -> int:

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict] = {
         "dtype": "bfloat16",
         "beta": 0.0,
         "learning_rate": 3e-5,
-        "lr_schedule": "linear",
+        "lr_schedule": "warmup",
         "batch_size": 32,
         "num_generations": 16,
         "num_iterations": 200,

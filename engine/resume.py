@@ -72,7 +72,7 @@ def checkpoint_to_resume(current: dict, defaults: dict) -> tuple[dict[str, Tenso
         return {}, {}
     accept_repair(state["metrics"], current)
     # A falling rate depends on the length of the run.
-    free = FREE - {"num_iterations"} if settings["lr_schedule"] == "linear" else FREE
+    free = FREE - {"num_iterations"} if settings["lr_schedule"] != "constant" else FREE
     saved, environment = state["metrics"]["config"], state["metrics"]["environment"]
     names = sorted(settings.keys() - free)
     pairs = {f"--{n}": (saved.get(n, defaults[n]), settings[n]) for n in names}
