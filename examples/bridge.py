@@ -83,7 +83,8 @@ def trl_config(config, changes: dict):
         "gradient_accumulation_steps": shard // micro_batch,
         "max_completion_length": config.max_new_tokens,
         "chat_template_kwargs": json_object("--chat_template_kwargs", config.chat_template_kwargs),
-        "lr_scheduler_type": config.lr_schedule,
+        "lr_scheduler_type": "constant" if config.lr_schedule == "constant" else "linear",
+        "warmup_steps": 0.05 if config.lr_schedule == "warmup" else 0,  # of all steps
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "max_grad_norm": config.clip_grad_norm,

@@ -18,7 +18,7 @@ of GRPOConfig. Our `evaluate` measures before and after. Writes saved_model/ and
 | importance_level, mask_truncated | importance_sampling_level, mask_truncated_completions | |
 | beta, kl_estimator k3, kl_correction | beta, use_bias_correction_kl | k3_inverse is refused; (3) |
 | max_new_tokens | max_completion_length | |
-| learning_rate, lr_schedule | learning_rate, lr_scheduler_type | linear: falls with each update |
+| learning_rate, lr_schedule | learning_rate, lr_scheduler_type | changes with each update |
 | AdamW without weight decay | optim, weight_decay | |
 | clip_grad_norm | max_grad_norm | 0: no clipping; non-finite updates are not skipped |
 | seed | seed | the same problems in the same order, other samples |

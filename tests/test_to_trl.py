@@ -78,7 +78,8 @@ def test_presets_and_micro_batches_are_taken_along():
     settings = to_trl.parse_settings(["--preset", "smollm2", "--device", "cpu"])
     found = bridge.trl_config(replace(settings, micro_batch_size=64), {"seed": 7})
     assert found.max_steps == settings.num_iterations * settings.num_inner_updates
-    assert found.lr_scheduler_type == settings.lr_schedule == "linear"
+    assert settings.lr_schedule == "warmup" and found.lr_scheduler_type == "linear"
+    assert found.get_warmup_steps(found.max_steps) == 10
     assert found.beta == 0 and found.bf16 and found.epsilon_high == 0.2 and found.seed == 7
     assert found.generation_batch_size == settings.batch_size * settings.num_generations
     assert found.per_device_train_batch_size == 64

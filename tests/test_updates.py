@@ -31,6 +31,7 @@ from train_grpo import (
     group_advantages,
     reward_function,
     rollout,
+    set_learning_rate,
     train_iteration,
 )
 
@@ -238,6 +239,16 @@ def test_the_rate_is_constant_or_falls_linearly(monkeypatch, tmp_path, schedule,
     monkeypatch.setattr(train_grpo, "train_iteration", spy)
     finish(tmp_path, "--num_iterations", 4, "--lr_schedule", schedule)
     assert rates == expected
+
+
+def test_a_warm_up_takes_a_twentieth_of_the_run():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    config, rates = Config(learning_rate=2.0, lr_schedule="warmup", num_iterations=200), []
+    for iteration in range(200):
+        set_learning_rate(optimizer, config, iteration)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:9] == pytest.approx([0.2 * n for n in range(1, 10)])
+    assert rates[9:] == pytest.approx([0.01 * n for n in range(191, 0, -1)])
 
 
 @BOTH
