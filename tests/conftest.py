@@ -15,16 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny_model"
 
 
-def run_script(*arguments, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
-    """Run one of the top-level scripts in a process of its own, away from the network."""
+def run_script(
+    *arguments, cwd: Path, stdin: str = "", launcher=(sys.executable,)
+) -> subprocess.CompletedProcess:
+    """Run one of our scripts in a process of its own, away from the network."""
     script, *rest = map(str, arguments)
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *rest],
+        [*launcher, str(ROOT / script), *rest],
         cwd=cwd,
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=250,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
 

@@ -2,11 +2,14 @@
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from conftest import run_script
+from small_models import sequences
+from test_tree import prefixes
 from torch.distributions import StudentT
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +22,7 @@ from engine.models import eos_token_ids
 from engine.policy import Rollout
 from engine.presets import PRESETS, parse_config
 from engine.prompt import encode_prompts
-from train_grpo import Config, reward_function, train_iteration
+from train_grpo import Config, train_iteration
 
 # Fewer key heads than heads, and sizes that no two dimensions share.
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -28,12 +31,9 @@ WORK = WORKS["bundled"]
 ASKED = Work(replace(WORK.config, num_examples=3))
 
 
-def prefixes(batch: Rollout) -> set[tuple[int, ...]]:
+def read_prefixes(batch: Rollout) -> set[tuple[int, ...]]:
     """The distinct prefixes of a rollout's sequences; the last tokens are not read."""
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-    real = torch.cat([batch.prompt_mask, batch.mask], dim=1) > 0
-    rows = [row[keep].tolist()[:-1] for row, keep in zip(ids, real, strict=True)]
-    return {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
+    return prefixes((prompt + completion)[:-1] for prompt, completion in sequences(batch))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_needed_operations_are_those_pytorch_counts(changes, tmp_path):
     assert counts.pop(torch.ops.aten.mm) == sum(each.flops for each in every) - attention
     # PyTorch computes attention between all pairs of tokens; needed are ancestors only.
     assert counts.keys() == {torch.ops.aten.bmm} and attention < counts[torch.ops.aten.bmm]
-    forward = 4 * (6 * 8) * 3 * sum(map(len, prefixes(batch)))
+    forward = 4 * (6 * 8) * 3 * sum(map(len, read_prefixes(batch)))
     assert attention == (2 + 3 * config.num_inner_updates) * forward
 
 
@@ -65,19 +65,17 @@ def test_endless_work_samples_no_end_token_and_shares_nothing(tmp_path):
         train_iteration(task, learner, work.config)
     [batch] = rollouts
     prompts = replace(batch, mask=torch.zeros_like(batch.mask))
-    distinct = len(prefixes(batch)) - len(prefixes(prompts))
+    distinct = len(read_prefixes(batch)) - len(read_prefixes(prompts))
     assert batch.mask.shape == (96, length) and distinct > 0.95 * 96 * (length - 1)
 
 
-def test_roofline_repeats_one_iteration_and_misses_no_time(tmp_path, monkeypatch):
+def test_roofline_repeats_one_iteration(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "time_product", lambda *arguments: 1e-3)
     output = tmp_path / "roofline.json"
     with recorded_rollouts() as rollouts:
         assert roofline.main(["--iterations", "1", "--output", str(output)]) == 0
     assert rollouts[0].completion_ids.equal(rollouts[1].completion_ids)
-    seconds = json.loads(output.read_text())["seconds"]
-    assert all(part > 0 for part in seconds.values())
-    assert sum(seconds.values()) == pytest.approx(2 * seconds["all"], rel=1e-4)
+    assert json.loads(output.read_text())["times_the_floor"].keys() == {"peak", "shapes"}
 
 
 def test_gpu_times_tree_and_plain_and_skips_absent_models(tmp_path, monkeypatch, capsys):
@@ -120,27 +118,16 @@ def test_tables_pair_runs_by_seed_with_intervals_of_students_t():
         assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=3e-5), freedom
 
 
-def test_each_variant_changes_only_what_its_name_says():
-    preset, variants = asdict(parse_config(Config, ["--preset=tiny"])).items(), ablation.LOSSES
-    configs = {
-        name: parse_config(Config, ["--preset=tiny", *flags]) for name, flags in variants.items()
-    }
-    assert {name: asdict(config).items() - preset for name, config in configs.items()} == {
-        "GRPO": set(),
-        "Dr. GRPO": {("loss_type", "dr_grpo"), ("scale_rewards", "none")},
-        "DAPO's loss, clip-higher": {("loss_type", "dapo"), ("epsilon_high", 0.28)},
-        "GSPO": {("importance_level", "sequence"), ("epsilon", 3e-4), ("epsilon_high", 4e-4)},
-        "GSPO's ratio, GRPO's bounds": {("importance_level", "sequence")},
-        "CISPO": {("loss_type", "cispo"), ("epsilon_high", 4.0)},
-        "standard deviation of the batch": {("scale_rewards", "batch")},
-        "beta 0": {("beta", 0.0)},
-        "k3_inverse": {("kl_estimator", "k3_inverse")},
-        "corrected KL": {("kl_correction", True)},
-    }
-    assert ablation.STUDIES["off_policy"].keys() == variants.keys()
-    for flags in (*ablation.STUDIES["groups"].values(), *ablation.STUDIES["group_rates"].values()):
-        config = parse_config(Config, ["--preset=tiny", *flags])
-        assert config.batch_size * config.num_generations == 512
+@pytest.mark.parametrize("study", ablation.STUDIES)
+def test_variants_differ_and_groups_of_any_size_share_512_completions(study):
+    preset, *configs = (
+        parse_config(Config, ["--preset=tiny", *flags])
+        for flags in ([], *ablation.STUDIES[study].values())
+    )
+    assert all(one != other for one, other in combinations(configs, 2))
+    assert study != "losses" or configs[0] == preset
+    if study.startswith("group"):
+        assert {config.batch_size * config.num_generations for config in configs} == {512}
 
 
 @pytest.mark.parametrize(
@@ -189,15 +176,8 @@ def test_trl_gets_the_same_prompts_in_the_same_order(trainer):
             assert tuple(json.loads(row["answer"]) for row in rows) == answers
 
 
-def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
-    (task, learner), config = start(ASKED), ASKED.config
-    texts, answers = ["<answer>4</answer>", "<answer>3</answer>", "4", "<answer>"], [4, 4, 4, 4]
-    ids = task.tokenizer(texts, add_special_tokens=False).input_ids
-    given = {"completion_ids": ids, "answer": list(map(json.dumps, answers))}
-    parts = torch.tensor([function(**given) for function in trainer.reward_funcs])
-    rewards, _ = reward_function(texts, answers, task.reward_file)
-    torch.testing.assert_close(trainer.reward_weights @ parts, rewards)
-
+def test_trl_gets_the_same_weights_optimizer_and_end_tokens(trainer):
+    task, learner = start(ASKED)
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is type(learner.optimizer)
     for name in ("lr", "betas", "eps", "fused", "weight_decay"):
@@ -209,11 +189,6 @@ def test_trl_gets_the_same_rewards_weights_and_settings(trainer):
     assert trainer.eos_token_ids == eos_token_ids(learner.policy.model, task.tokenizer)
     endless = make_trainer(replace(ASKED, endless=True))
     assert min(endless.eos_token_ids) >= endless.model.config.vocab_size
-    assert trainer.max_completion_length == config.max_new_tokens
-    assert trainer.num_iterations == config.num_inner_updates
-    assert trainer.args.steps_per_generation == trainer.args.gradient_accumulation_steps == 1
-    assert (trainer.beta, trainer.epsilon_low, trainer.epsilon_high) == (0.04, 0.2, 0.2)
-    assert (trainer.loss_type, trainer.scale_rewards) == ("grpo", "group")
 
 
 @pytest.mark.slow

@@ -52,13 +52,14 @@ def logged(folder) -> list[dict]:
 
 @pytest.fixture
 def page(browser, run):
-    """The browser, on the report of the run."""
-    screenshot.set_size(browser, 1200)
+    """The browser, on the report of the run. Whatever a test does with it, nothing is fetched."""
     open_page(browser, run)
-    return browser
+    yield browser
+    assert_silent(browser)
 
 
 def open_page(browser, folder) -> None:
+    screenshot.set_size(browser, 1200)
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # which forgets what was before
     browser.get((folder / REPORT_FILE).as_uri())
@@ -114,16 +115,15 @@ def test_slider_and_arrow_keys_walk_through_the_groups(page, run):
     counts = page.find_elements(By.CSS_SELECTOR, "#fixed li > span:first-child")
     expected = [f"{c['count']} {'✓' if c['exact'] else '✗'}" for c in asked]
     assert [count.text for count in counts] == expected
-    assert_silent(page)
 
 
 def test_a_token_shows_its_numbers(page, run):
-    best = max(logged(run)[0]["completions"], key=lambda row: row["advantage"])
+    rows = logged(run)[0]["completions"]
     item = page.find_element(By.CSS_SELECTOR, "#list li")
     tokens = item.find_elements(By.CSS_SELECTOR, ".token")
-    same = [r for r in logged(run)[0]["completions"] if r["advantage"] == best["advantage"]]
     texts = [shown(token) for token in tokens]
-    row = next(r for r in same if r["token_texts"] == texts)
+    row = next(row for row in rows if row["token_texts"] == texts)
+    assert row["advantage"] == max(row["advantage"] for row in rows)  # the best comes first
 
     def check(i: int) -> None:
         sampled, updated, ref = (row[name][i] for name in LOGPROBS)
@@ -147,7 +147,6 @@ def test_a_token_shows_its_numbers(page, run):
     ActionChains(page).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
     check(2)
     assert text(page, "#at") == "1"  # the arrow keys stayed with the tokens
-    assert_silent(page)
 
 
 def test_the_tree_has_branches_as_wide_as_their_share(page, run):
@@ -171,7 +170,6 @@ def test_the_tree_has_branches_as_wide_as_their_share(page, run):
     branch = tree.find_element(By.TAG_NAME, "g")
     ActionChains(page).move_to_element(branch).perform()
     assert text(page, "#readout") == branch.get_attribute("aria-label")
-    assert_silent(page)
 
 
 def test_a_curve_reads_the_iteration_under_the_pointer(page, run):
@@ -183,7 +181,6 @@ def test_a_curve_reads_the_iteration_under_the_pointer(page, run):
     assert float(told) == pytest.approx(reward, rel=6e-3)
     ActionChains(page).click().perform()
     assert text(page, "#at") == "3"
-    assert_silent(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -194,7 +191,7 @@ def test_text_contrasts_with_what_is_behind_it(page, scheme):
     pairs = [("ink", f"var(--{name})") for name in ("page", "panel", "unlikely")]
     pairs += [("soft", "var(--page)"), ("soft", "var(--panel)"), *(("ink", mix) for mix in mixes)]
     paint = """const probe = document.body.appendChild(document.createElement("i"));
-        const dot = new OffscreenCanvas(1, 1).getContext("2d");
+        const dot = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
         const rgb = (colour) => {
           probe.style.color = colour;
           dot.fillStyle = getComputedStyle(probe).color;
@@ -223,8 +220,6 @@ def test_nothing_scrolls_sideways_at_400_pixels(page, view):
 
 
 def test_what_a_model_says_is_shown_and_never_run(browser, run, tmp_path):
-    for name in (METRICS_FILE, COMPLETIONS_FILE):
-        shutil.copy(run / name, tmp_path)
     group, *_ = logged(run)
     row = group["completions"][0] | {"text": HOSTILE, "token_texts": [HOSTILE], "advantage": 9.0}
     row |= {name: [-0.5] for name in LOGPROBS}
@@ -250,16 +245,14 @@ def test_what_a_model_says_is_shown_and_never_run(browser, run, tmp_path):
 
 
 def test_runs_of_older_code_and_several_runs_are_shown(browser, run, tmp_path):
-    screenshot.set_size(browser, 1200)
-    for name in (METRICS_FILE, COMPLETIONS_FILE):
-        shutil.copy(ROOT / "results/healthy/good" / name, tmp_path)
-    assert main([str(tmp_path / METRICS_FILE)]) == 0
+    older = ROOT / "results/healthy/good"
+    assert main([str(older / METRICS_FILE), "--output_dir", str(tmp_path)]) == 0
     open_page(browser, tmp_path)
     assert "<answer>" in text(browser, "#list")
     assert not browser.find_element(By.ID, "views").is_displayed()
     assert not browser.find_element(By.ID, "fixed").is_displayed()
     assert_silent(browser)
-    both = [str(folder / METRICS_FILE) for folder in (run, tmp_path)]
+    both = [str(folder / METRICS_FILE) for folder in (run, older)]
     assert main([*both, "--output_dir", str(tmp_path)]) == 0
     open_page(browser, tmp_path)
     assert text(browser, "h1") == "2 GRPO runs"

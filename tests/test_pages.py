@@ -62,11 +62,8 @@ def test_one_iteration_by_hand_is_what_the_trainer_computes():
     numbers = [[float(x) for x in NUMBER.findall(text)] for text in (committed, computed)]
     assert len(numbers[0]) > 300
     assert numbers[1] == pytest.approx(numbers[0], abs=1e-3, rel=0)
-
-
-def test_the_loss_by_hand_is_the_loss_by_code():
     pattern = r"`grpo_loss` \|\n.*\n\| (\S+) \| (\S+) \|"
-    hand, code = map(float, re.search(pattern, read("docs/one_iteration.md")).groups())
+    hand, code = map(float, re.search(pattern, committed).groups())
     assert hand == pytest.approx(code, abs=1e-5) and hand != 0
 
 
@@ -78,12 +75,6 @@ def test_pictures_drawn_again_look_as_committed(tmp_path):
         drawn, committed = (imread(folder / name) for folder in (tmp_path, ROOT / "docs"))
         assert drawn.shape == committed.shape
         assert np.abs(drawn - committed).mean() < 0.001  # not bit for bit: fonts
-
-
-def test_every_committed_picture_is_shown():
-    shown = {(ROOT / page).parent / target for page in PAGES for target in links(page)}
-    pictures = {*ROOT.glob("docs/*.png"), *ROOT.glob("results/**/*.png")}
-    assert pictures <= {path.resolve() for path in shown}
 
 
 @pytest.mark.parametrize("run", RUNS)

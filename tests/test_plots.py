@@ -14,15 +14,10 @@ from plot_metrics import PLOT_FILES, WINDOW, draw, draw_watched, read_metrics, s
 
 
 def write_run(path, iterations=120, level=0.5, weight=1.0):
-    parts = {"reward": weight * level, "reward_brief": level / 2, "reward_exact": level}
+    same = {"reward": weight * level, "reward_brief": level / 2, "reward_exact": level}
+    same["entropy"] = 1.0
     history = [
-        {
-            **parts,
-            "accuracy": level * i / iterations,
-            "kl": 0.01 * i,
-            "kl_penalty": i,
-            "entropy": 1.0,
-        }
+        {**same, "accuracy": level * i / iterations, "kl": 0.01 * i, "kl_penalty": i}
         for i in range(iterations)
     ]
     interval = {"accuracy": level, "low": level - 0.1, "high": level + 0.1}

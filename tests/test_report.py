@@ -3,20 +3,13 @@
 import copy
 import json
 import re
-import shutil
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import ROOT
-from processes import (
-    arguments,
-    assert_same_checkpoint,
-    finish,
-    metrics_but_for_times,
-    read_metrics,
-)
+from processes import arguments, assert_same_checkpoint, finish, metrics_but_for_times, read_metrics
 from short_runs import make_learner, make_task, short_config
 from small_models import unpadded_logprobs
 from test_plots import write_run
@@ -55,11 +48,12 @@ def scripts(folder) -> list[str]:
     return re.findall(r"<script[^>]*>(.*?)</script", page, re.DOTALL)
 
 
-def report(path) -> dict:
-    """Write the report of a metrics file, as a user does; the data that it holds."""
+def report(path, folder=None) -> dict:
+    """Write the report of a metrics file, beside it or to a folder; the data that it holds."""
+    folder = folder or path.parent
     with patch.object(plot_metrics, "save_figure"):
-        assert main([str(path)]) == 0
-    data, code = scripts(path.parent)
+        assert main([str(path), "--output_dir", str(folder)]) == 0
+    data, code = scripts(folder)
     assert code.lstrip().startswith('"use strict";')
     [run] = json.loads(data)["runs"]
     return run
@@ -111,7 +105,7 @@ def test_tokens_are_scored_as_unpadded_passes_score_them(
     assert any(row["updated_logprobs"] != row["sampled_logprobs"] for row in left_out)
 
 
-def test_completions_are_logged_with_their_scores(run):
+def test_completions_are_logged_with_their_tokens_and_scores(run, tiny):
     rewards = RewardFile()
     for line in run[1]:
         rows, answer = line["completions"], line["answer"]
@@ -121,6 +115,10 @@ def test_completions_are_logged_with_their_scores(run):
         earned, _ = reward_function([row["text"] for row in rows], [answer] * 4, rewards)
         advantages = [row["advantage"] for row in rows]
         assert advantages == pytest.approx(group_advantages(earned, 4).tolist(), abs=1e-4)
+        for row in rows:
+            ended = row["text"] + tiny[1].eos_token * (not row["truncated"])
+            assert "".join(row["token_texts"]) == ended
+            assert len(row["token_texts"]) == row["tokens"]
 
 
 @pytest.mark.parametrize("tail", [b'{"itera', b'{"iteration": 3}', b'{"iteration": 4}\n'])
@@ -133,12 +131,6 @@ def test_cut_lines_keeps_whole_lines_up_to_the_iteration(tmp_path, tail):
     file.write_bytes(before + tail)
     cut_lines(file, 3)
     assert file.read_bytes() == before and before.count(b"\n") == 2
-
-
-def test_token_texts_make_up_the_text(run, tiny):
-    for row in (row for line in run[1] for row in line["completions"]):
-        ended = row["text"] + tiny[1].eos_token * (not row["truncated"])
-        assert "".join(row["token_texts"]) == ended and len(row["token_texts"]) == row["tokens"]
 
 
 class Spaced:
@@ -228,9 +220,7 @@ def test_no_text_of_a_model_becomes_markup(tmp_path):
 
 @pytest.mark.parametrize("log", sorted(ROOT.glob("results/*/*/*.jsonl")))
 def test_a_run_of_older_code_shows_what_it_has(log, tmp_path):
-    for name in (METRICS_FILE, COMPLETIONS_FILE):
-        shutil.copy(log.with_name(name), tmp_path)
-    data = report(tmp_path / METRICS_FILE)
+    data = report(log.with_name(METRICS_FILE), tmp_path)
     assert len(data["groups"]) == len(log.read_text().splitlines())
     assert data["parts"] == list(data["reward_weights"])
     assert data["facts"]["model"] == data["config"]["model_name"]

@@ -49,10 +49,9 @@ def test_metrics_hold_every_iteration_and_evaluation(run):
     assert [(e["split"], e["iteration"]) for e in metrics["evaluations"]] == evaluated
 
 
-def test_output_names_preset_policy_results_and_next_command(run):
+def test_output_plots_and_card_show_results_and_next_command(run):
     result, folder, metrics = run
     out, question = result.stdout, metrics["evaluations"][0]["example"]["question"]
-    assert out.splitlines()[0].startswith("preset tiny: ")
     assert "\npolicy tree: matches unpadded forward passes\n" in out
     for name in ("test accuracy before", "test accuracy after", "kl ", "time", "saved policy"):
         assert f"\n{name}" in out
@@ -60,6 +59,9 @@ def test_output_names_preset_policy_results_and_next_command(run):
     assert out.rstrip().endswith(f"python inference.py '{question}'")
     assert "reward=" in result.stderr and "kl=" in result.stderr  # the progress bar
     assert all((folder / name).stat().st_size > 10_000 for name in PLOT_FILES)
+    card = (folder / "saved_model" / "README.md").read_text()
+    for start in ("learning_rate |", "0 | sampled |", f"{metrics['best_iteration']} | greedy |"):
+        assert f"\n| {start}" in card
 
 
 def test_saved_model_answers_the_same_in_plain_transformers(run):
@@ -68,23 +70,13 @@ def test_saved_model_answers_the_same_in_plain_transformers(run):
         kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     prompt = read_prompt(str(folder))
+    assert prompt == read_prompt(str(TINY))
     questions = [problem.question for problem in Arithmetic(0, 10).held_out("test", 16)]
     ids, mask = encode_prompts(tokenizer, questions, prompt, "cpu")
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=16)[:, ids.shape[1] :]
     policy = Policy(load_model(str(folder), torch.device("cpu"))[0])
     ours = answer_questions(policy, tokenizer, prompt, questions, temperature=0)
     assert tokenizer.batch_decode(generated, skip_special_tokens=True) == ours
-
-
-def test_saved_model_brings_its_prompt_and_a_card_of_its_run(run):
-    _, folder, metrics = run
-    saved, base = (read_prompt(str(path)) for path in (folder / "saved_model", TINY))
-    assert saved == base
-    card, best = (folder / "saved_model" / "README.md").read_text(), metrics["best_iteration"]
-    assert "base_model: tiny_model" in card and "(a op1 b) op2 c" in card
-    assert "| learning_rate |" in card
-    assert "| 0 | sampled |" in card and f"| {best} | greedy |" in card
-    assert f"policy after iteration {best}, the best of 3" in card
 
 
 def test_the_bundled_model_improves_within_fifteen_iterations(tmp_path):
