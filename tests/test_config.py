@@ -6,15 +6,35 @@ import pytest
 import torch
 from conftest import run_script
 
+from engine import distributed
+from engine.files import UserError
 from engine.machine import choose_dtype
 from engine.presets import PRESETS, parse_config
 from train_grpo import Config
 
+RECIPE = {
+    "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
+    "learning_rate": 1e-7,
+    "batch_size": 4,
+    "num_generations": 8,
+    "max_new_tokens": 16,
+    "num_iterations": 2000,
+    "beta": 0.04,
+    "epsilon": 0.2,
+    "num_inner_updates": 5,
+    "clip_grad_norm": 0.5,
+    "kl_estimator": "k3_inverse",
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "epsilon_high": 0,
+    "problems": "",
+    "rewards": "",
+}
+
 
 def test_the_defaults_are_the_reference_recipe():
-    """All but these two are compared with a committed run of the recipe: see test_pages.py."""
     assert PRESETS["reference"] == {}
-    assert Config.model_name == "Qwen/Qwen2.5-0.5B-Instruct" and Config.num_iterations == 2000
+    assert asdict(Config()) | RECIPE == asdict(Config())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -38,6 +58,12 @@ def test_auto_dtype_is_bfloat16_only_where_native(monkeypatch, capability, dtype
     assert choose_dtype("auto", torch.device("cuda")) == dtype
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_three_processes_refuse_an_uneven_batch(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="--batch_size 4: must be a multiple of 3"):
+        parse_config(Config, ["--preset", "tiny", "--batch_size", "4"])
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

@@ -77,6 +77,12 @@ def test_pictures_drawn_again_look_as_committed(tmp_path):
         assert np.abs(drawn - committed).mean() < 0.001  # not bit for bit: fonts
 
 
+def test_every_committed_picture_is_shown():
+    shown = {(ROOT / page).parent / target for page in PAGES for target in links(page)}
+    pictures = {*ROOT.glob("docs/*.png"), *ROOT.glob("results/**/*.png")}
+    assert pictures <= {path.resolve() for path in shown}
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_a_preset_has_its_settings(run):
     metrics = json.loads(read(f"results/{run}/grpo_metrics.json"))

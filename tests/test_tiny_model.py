@@ -1,4 +1,4 @@
-"""The bundled model: small, used like any chat model, often wrong."""
+"""The bundled model: small, used like any chat model, and true to its card."""
 
 import copy
 import re
@@ -8,7 +8,14 @@ import pytest
 from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "examples"))
-from make_tiny_model import HABITS, bundled_prompt, demonstrations, make_tokenizer, measure
+from make_tiny_model import (
+    HABITS,
+    bundled_prompt,
+    demonstrations,
+    make_tokenizer,
+    measure,
+    model_card,
+)
 
 from engine.presets import PRESETS
 from engine.prompt import encode_prompts, read_prompt
@@ -49,6 +56,13 @@ def test_each_calculator_makes_its_own_mistake():
         "no tags": "-30",
     }
     assert sum(HABITS.values()) == pytest.approx(1)
+
+
+def test_its_card_is_what_the_script_writes():
+    card = (TINY / "README.md").read_text()
+    [measured] = re.findall(r"brackets\)\n\n(.*)\n\n## How", card, re.DOTALL)
+    written = model_card(measured, steps=8000, seed=0, minutes=38)
+    assert re.sub(r"with \d+ threads .*", "", written) == re.sub(r"with \d+ threads .*", "", card)
 
 
 def test_it_is_often_wrong_but_knows_the_right_habit(tiny):
