@@ -213,7 +213,7 @@ def lesson_base() -> Figure:
     return figure
 
 
-TASKS = {"arithmetic, two steps": "smollm2/seed0", "spelling backwards": "smollm2/spelling"}
+TASKS = {"arithmetic, two steps": "smollm2/linear0", "spelling backwards": "smollm2/spelling"}
 RATES = {"rate falls to 0": "smollm2/falling_rate", "constant rate": "smollm2/constant_rate"}
 
 

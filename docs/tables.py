@@ -55,13 +55,16 @@ def result_table(runs: dict[str, str]) -> str:
 
 
 def smollm2_headline() -> str:
-    sampled, greedy = (
-        " to ".join(f"{a['accuracy']:.0%}" for a in tested("smollm2/seed1", kind))
-        for kind in ("sampled", "greedy")
+    runs, shares = [run for run in SMOLLM2_RUNS if "seed" in run], []
+    for kind in ("sampled", "greedy"):
+        accuracies = [[a["accuracy"] for a in tested(run, kind)] for run in runs]
+        ends = " and ".join(f"{after:.0%}" for _, after in accuracies)
+        shares.append(f"from {accuracies[0][0]:.0%} to {ends}")
+    minutes = " and ".join(f"{committed(run)['seconds'] / 60:.0f}" for run in runs)
+    sampled, greedy = shares
+    return (
+        f"{sampled} of the test problems sampled (two seeds), {greedy} greedy, in {minutes} minutes"
     )
-    minutes = committed("smollm2/seed1")["seconds"] / 60
-    shares = f"from {sampled} of the test problems sampled, from {greedy} greedy"
-    return f"{shares}, in {minutes:.0f} minutes"
 
 
 def pass_at(file: str) -> dict[str, str]:
@@ -459,7 +462,7 @@ def letters() -> str:
     )
 
 
-SMOLLM2_RUNS = {"smollm2/seed1": "seed {seed}"}
+SMOLLM2_RUNS = {f"smollm2/seed{n}": "seed {seed}" for n in range(2)}
 SMOLLM2_RUNS |= {f"smollm2/linear{n}": "seed {seed}, no warm-up" for n in range(2)}
 TINY_RECORDS = [f"records/tiny{n}" for n in range(3)]
 OWN_PROBLEMS = {f"reasoning/seed{n}": "reasoning, seed {seed}" for n in range(2)}

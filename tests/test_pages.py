@@ -26,7 +26,7 @@ TORCHRUN |= {"max_restarts", "shutdown-timeout"}
 NUMBER = re.compile(r"[+-]?\d+\.\d+")
 # The runs that show what a preset does; "reference" on the bundled model.
 RUNS = {"tiny/seed0": "tiny", "tiny/seed1": "tiny", "tiny/seed2": "tiny"}
-RUNS |= {"smollm2/seed1": "smollm2", "tiny_reference": "reference"}
+RUNS |= {"smollm2/seed0": "smollm2", "smollm2/seed1": "smollm2", "tiny_reference": "reference"}
 
 
 def read(page: str) -> str:
