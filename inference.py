@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 
+from engine.cli import check_text
 from engine.files import ROOT, ScriptParser, UserError, exit_code, read_file
 from engine.machine import choose_device, choose_dtype
 from engine.models import load_model, model_folder
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("standard input is not UTF-8 text") from error
     questions, samples = [line.strip() for line in lines], args.num_samples
     for question in questions:
+        check_text("the question", question)
         check_question(question, tokenizer)
     asked = [question for question in questions if question for _ in range(samples)]
     answers = iter(answer_questions(policy, tokenizer, prompt, asked, None, args.temperature))

@@ -74,7 +74,7 @@ class Config:
     show_steps: bool = setting(False, "the worked examples of arithmetic show their two steps")
     chat_template_kwargs: str = setting("{}", 'JSON, like {"enable_thinking": false}')
     # GRPO
-    learning_rate: float = setting(1e-7, "learning rate of AdamW, at the start", 0, 1)
+    learning_rate: float = setting(1e-7, "learning rate of AdamW, the largest of the run", 0, 1)
     lr_schedule: Literal["constant", "linear", "warmup"] = setting(
         "constant", "linear: falls to 0; warmup: also rises over the first twentieth"
     )

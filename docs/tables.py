@@ -134,10 +134,10 @@ def smollm2_trials() -> str:
 
 def warm_up() -> str:
     """Sampled validation accuracy of seed 1 after 25 to 100 iterations, by what was changed."""
-    curves = {"nothing": "smollm2/linear1", "the rate rises at first": "smollm2/seed1"}
+    runs = {"nothing": "smollm2/linear1", "the rate rises at first": "smollm2/seed1"}
     curves = {
         label: {e["iteration"]: accuracy_of("sampled", e) for e in validations(committed(run))}
-        for label, run in curves.items()
+        for label, run in runs.items()
     }
     for trial in json.loads((RESULTS / "smollm2" / "trials_cpu.json").read_text())["trials"]:
         found = {e["iteration"]: e["sampled"] for e in validations(trial)}

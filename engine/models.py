@@ -108,9 +108,8 @@ def read_model(name: str) -> tuple:
             " models/SmolLM2-135M-Instruct"
         )
     source, safe = str(folder or name), {"trust_remote_code": False}
-    if getattr(
-        transformers.AutoConfig.from_pretrained(source, **safe), "quantization_config", None
-    ):
+    config = transformers.AutoConfig.from_pretrained(source, **safe)
+    if getattr(config, "quantization_config", None):
         raise UserError(QUANTISED)
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     found = transformers.AutoModelForCausalLM.from_pretrained(source, **options, **safe)

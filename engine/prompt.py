@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
 
-from engine.cli import check_text, json_object
+from engine.cli import json_object
 from engine.files import UserError
 from engine.models import PROMPT_FILE, model_folder, read_model_json
 
@@ -135,8 +135,7 @@ def check_prompt(tokenizer, questions: list[str], prompt: Prompt, eos_ids: list[
 
 
 def check_question(question: str, tokenizer, where: str = "the question") -> None:
-    """Raise UserError for a question with control characters or tokens that steer the chat."""
-    check_text(where, question)
+    """Raise UserError for a question that holds a token which steers the chat."""
     for token in tokenizer.all_special_tokens:
         if token in question:
             raise UserError(f"{where} holds {token}, which this model reserves; reword it")
